@@ -1,0 +1,338 @@
+"""What must hold of every mechanism, and what some declare to hold of themselves.
+
+A law is a plain function (mechanism, call, rng) that raises AssertionError with a readable story. A mechanism is
+anything with `forward`, `backward` and `ABOUT`: laws import none.
+"""
+
+import numpy as np
+
+from refattn.core import Call, DtypeError, leaves, tree_map
+from refattn.oracle.derivatives import central, complex_step, hessian_vector, inner, largest
+
+
+def generic(rng, tree):
+    """A tree of short, nonzero, unrelated numbers: easy to read in a report, never special."""
+    return tree_map(lambda x: _generic_array(rng, x.shape), tree)
+
+
+def _generic_array(rng, shape):
+    return rng.choice([-1.0, 1.0], shape) * rng.integers(1, 64, shape) / 16
+
+
+def only(tree, path):
+    """`tree` with every leaf but the one at `path` set to zero."""
+    keep = iter([p == path for p, _ in leaves(tree)])
+    return tree_map(lambda x: x if next(keep) else np.zeros_like(x), tree)
+
+
+def _run(mechanism, call, rng, dout=None):
+    """One forward and one backward pass along a generic cotangent."""
+    out, saved = mechanism.forward(*call.args, **call.options)
+    dout = tree_map(lambda d, y: d.astype(y.dtype), generic(rng, out) if dout is None else dout, out)
+    return out, dout, tuple(mechanism.backward(dout, saved))
+
+
+def _cast(call, dtype):
+    def cast(x):
+        return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+    return Call(tree_map(cast, call.args), {name: tree_map(cast, value) for name, value in call.options.items()})
+
+
+def _same(mechanism, expected, got, story, tolerance=1e-12):
+    """Two trees agree, to `tolerance` of the largest entry of each leaf; NaN fails."""
+    for (path, a), (_, b) in zip(leaves(expected), leaves(got), strict=True):
+        where = f"{mechanism}: {story}" + (f", at {path}" if path else "")
+        assert np.shape(a) == np.shape(b), f"{where}: shape {np.shape(b)}, not {np.shape(a)}"
+        worst, size = np.abs(a - b).max(initial=0), np.abs(a).max(initial=0)
+        assert worst <= tolerance * (1 + size), f"{where}: differs by {worst:.3g} (largest entry {size:.3g})"
+
+
+# --- universal: gradients -----------------------------------------------------------------------------------
+
+
+def gradients_mirror_arguments(mechanism, call, rng):
+    """One gradient per positional argument, of the same structure, shape and dtype."""
+    _, _, grads = _run(mechanism, call, rng)
+    assert len(grads) == len(call.args), (
+        f"{mechanism}: backward must return one gradient per positional argument: "
+        f"{len(call.args)} arguments, {len(grads)} gradients"
+    )
+    paths, gpaths = [p for p, _ in leaves(call.args)], [p for p, _ in leaves(grads)]
+    assert paths == gpaths, f"{mechanism}: gradients of {gpaths}, but should be of {paths}"
+    for (path, x), (_, g) in zip(leaves(call.args), leaves(grads), strict=True):
+        assert g.shape == x.shape, f"{mechanism}: gradient of {path} has shape {g.shape}, but should have {x.shape}"
+        assert g.dtype == x.dtype, f"{mechanism}: gradient of {path} is {g.dtype}, but should be {x.dtype}"
+
+
+def _gradient(mechanism, call, rng, oracle, rtol):
+    def value(*args):
+        return mechanism.forward(*args, **call.options)[0]
+
+    out, dout, grads = _run(mechanism, call, rng)
+    direction = generic(rng, call.args)
+    floor = rtol * inner(tree_map(np.abs, dout), tree_map(np.abs, out))
+    for path, _ in leaves(call.args):  # one argument at a time: a small bias must not hide in a big weight
+        v = only(direction, path)
+        jv = oracle(value, call.args, v)
+        theirs, ours = inner(dout, jv), inner(grads, v)
+        size = inner(tree_map(np.abs, dout), tree_map(np.abs, jv)) + inner(tree_map(np.abs, grads), tree_map(np.abs, v))
+        assert abs(theirs - ours) <= rtol * size + floor, (
+            f"{mechanism}: gradient of argument {path}: backward says {ours:.12g}, {oracle.__name__} says "
+            f"{theirs:.12g} along a generic direction (ratio {ours / theirs if theirs else np.inf:.6g})"
+        )
+
+
+def gradient_matches_complex_step(mechanism, call, rng):
+    """<dout, J v> = <J' dout, v> for every argument, J v by the complex step, to 1e-12."""
+    _gradient(mechanism, call, rng, complex_step, rtol=1e-12)
+
+
+def gradient_matches_central_difference(mechanism, call, rng):
+    """The same, J v by five-point differences, to 1e-6: a witness that shares no weakness with the complex step."""
+    _gradient(mechanism, call, rng, central, rtol=1e-6)
+
+
+def backward_is_linear(mechanism, call, rng):
+    """backward(2 a - b) = 2 backward(a) - backward(b), and nothing comes of nothing."""
+    out, saved = mechanism.forward(*call.args, **call.options)
+    a, b = generic(rng, out), generic(rng, out)
+    both = tuple(mechanism.backward(tree_map(lambda s, t: 2 * s - t, a, b), saved))
+    ga, gb = tuple(mechanism.backward(a, saved)), tuple(mechanism.backward(b, saved))
+    scale = 1 + largest(ga) + largest(gb)
+    expected = tree_map(lambda x, y: 2 * x - y, ga, gb)
+    for (path, x), (_, y) in zip(leaves(expected), leaves(both), strict=True):
+        worst = np.abs(x - y).max(initial=0)
+        assert worst <= 1e-12 * scale, f"{mechanism}: backward is not linear in dout: {path} is off by {worst:.3g}"
+    for path, g in leaves(tuple(mechanism.backward(tree_map(np.zeros_like, a), saved))):
+        assert (g == 0).all(), f"{mechanism}: the gradient of {path} is not zero where dout is"
+
+
+def second_derivatives_agree(mechanism, call, rng):
+    """H v by the complex step through backward: symmetric, and equal to differences of the gradient."""
+    out, _ = mechanism.forward(*call.args, **call.options)
+    dout, u, v = generic(rng, out), generic(rng, call.args), generic(rng, call.args)
+
+    def forward(*args):
+        return mechanism.forward(*args, **call.options)
+
+    def gradient(*args):
+        return tuple(mechanism.backward(dout, forward(*args)[1]))
+
+    hu, hv = (hessian_vector(forward, mechanism.backward, call.args, dout, t) for t in (u, v))
+    size = largest(gradient(*call.args)) + largest(hu) + largest(hv)
+    count = sum(x.size for _, x in leaves(call.args))
+    one, other = inner(u, hv), inner(v, hu)
+    assert abs(one - other) <= 1e-11 * size * max(count, 1) * 4, (
+        f"{mechanism}: second derivatives are not symmetric: <u, H v> = {one:.12g}, <v, H u> = {other:.12g}"
+    )
+    differences = central(gradient, call.args, v)
+    for (path, a), (_, b) in zip(leaves(differences), leaves(hv), strict=True):
+        worst = np.abs(a - b).max(initial=0)
+        assert worst <= 1e-5 * size, f"{mechanism}: H v of {path}: complex step and differences differ by {worst:.3g}"
+
+
+# --- universal: manners -------------------------------------------------------------------------------------
+
+
+def arguments_are_left_alone(mechanism, call, rng):
+    """Arguments, options, saved values and dout are passed read-only; a second backward gives the same bits."""
+    frozen = tree_map(_readonly, call.args)
+    options = {k: _readonly(v) if isinstance(v, np.ndarray) else v for k, v in call.options.items()}
+    out, saved = mechanism.forward(*frozen, **options)
+    for _, leaf in leaves(saved):
+        if isinstance(leaf, np.ndarray):
+            leaf.setflags(write=False)
+    dout = tree_map(_readonly, generic(rng, out))
+    first, second = mechanism.backward(dout, saved), mechanism.backward(dout, saved)
+    for (path, a), (_, b) in zip(leaves(tuple(first)), leaves(tuple(second)), strict=True):
+        assert np.array_equal(a, b), f"{mechanism}: a second backward changed the gradient of {path}"
+
+
+def _readonly(x):
+    x = np.array(x)
+    x.setflags(write=False)
+    return x
+
+
+def single_precision_stays_single(mechanism, call, rng):
+    """float32 in, float32 out, float32 gradients."""
+    _dtype_stays(mechanism, call, rng, np.float32)
+
+
+def extended_precision_stays_extended(mechanism, call, rng):
+    """longdouble in, longdouble out; a function that cannot says so with a DtypeError."""
+    try:
+        _dtype_stays(mechanism, call, rng, np.longdouble)
+    except DtypeError as error:
+        assert "longdouble" in str(error) or str(np.dtype(np.longdouble)) in str(error), f"{mechanism}: {error}"
+
+
+def _dtype_stays(mechanism, call, rng, dtype):
+    out, _, grads = _run(mechanism, _cast(call, dtype), rng)
+    for story, tree in (("output", out), ("gradient of", grads)):
+        for path, x in leaves(tree):
+            assert x.dtype == dtype, f"{mechanism}: {np.dtype(dtype)} in, but {story} {path} is {x.dtype}"
+
+
+def memory_layout_does_not_matter(mechanism, call, rng):
+    """Strided, reversed and Fortran-ordered arguments give what contiguous ones give, gradients too."""
+    out, dout, grads = _run(mechanism, call, rng)
+    for story, relaid in (
+        ("strided", lambda x: np.repeat(x, 2, axis=-1)[..., ::2] if x.ndim else x),
+        ("reversed", lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1] if x.ndim else x),
+        ("Fortran-ordered", np.asfortranarray),
+    ):
+        again, _, regrads = _run(mechanism, Call(tree_map(relaid, call.args), call.options), rng, dout)
+        _same(mechanism, (out, grads), (again, regrads), f"{story} arguments change the result")
+
+
+def large_inputs_stay_finite(mechanism, call, rng):
+    """A thousandfold input may saturate a gate; it may not overflow."""
+    large = Call(tree_map(lambda x: 1e3 * x, call.args), call.options)
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        out, _, grads = _run(mechanism, large, rng)
+    for path, x in leaves((out, grads)):
+        assert np.isfinite(x).all(), f"{mechanism}: {path} is not finite for large inputs"
+
+
+def empty_batch_works(mechanism, call, rng):
+    """A batch of length 0 gives an output of length 0 and finite gradients, or a ValueError that says why not."""
+    empty = batch(mechanism, call, lambda x: x[:0])
+    if empty is None:
+        return
+    try:
+        out, _, grads = _run(mechanism, empty, rng)
+    except ValueError as error:
+        assert "expected" in str(error), f"{mechanism}: an empty batch raises {error!r}: what is expected?"
+        return
+    for path, g in leaves(grads):
+        assert np.isfinite(g).all(), f"{mechanism}: gradient of {path} is not finite for an empty batch"
+    assert any(0 in y.shape for _, y in leaves(out)), f"{mechanism}: an empty batch has a non-empty output"
+
+
+def batch(mechanism, call, pick):
+    """`call` with `pick` applied to every array whose first axis is the batch; None where there is no batch axis.
+
+    The batch is the letter that comes first in the hint of the first argument; what shares it is in the batch too.
+    """
+    hints = mechanism.forward.hints
+    letter = next(iter(_axes(next(iter(hints.values())))), None)
+    if letter is None or letter[0] in "*." or letter.isdigit():
+        return None
+
+    def walk(value, hint):
+        if isinstance(value, tuple) and hasattr(hint, "_fields"):
+            fields = hint.__annotations__
+            return type(value)(*(walk(v, fields[f]) for f, v in zip(value._fields, value, strict=True)))
+        return pick(value) if isinstance(value, np.ndarray) and _axes(hint)[:1] == [letter] else value
+
+    args = tuple(walk(value, hints.get(name)) for name, value in zip(hints, call.args, strict=False))
+    return Call(args, {name: walk(value, hints.get(name)) for name, value in call.options.items()})
+
+
+def _axes(hint):
+    """["N", "C"] of Shaped[Array, "N C"], optional or not; [] of any other hint."""
+    for h in (hint, *getattr(hint, "__args__", ())):
+        if hasattr(h, "__metadata__") and "=" not in h.__metadata__[0]:
+            return h.__metadata__[0].split()
+    return []
+
+
+UNIVERSAL = (
+    gradients_mirror_arguments,
+    gradient_matches_complex_step,
+    gradient_matches_central_difference,
+    backward_is_linear,
+    second_derivatives_agree,
+    arguments_are_left_alone,
+    single_precision_stays_single,
+    extended_precision_stays_extended,
+    memory_layout_does_not_matter,
+    large_inputs_stay_finite,
+    empty_batch_works,
+)
+
+
+# --- declared by a mechanism in ABOUT.laws ------------------------------------------------------------------
+
+
+def batch_independent(mechanism, call, rng):
+    """Changing the other items of the batch does not change the first."""
+    first = batch(mechanism, call, lambda x: x[:1])
+    whole, alone = (mechanism.forward(*c.args, **c.options)[0] for c in (call, first))
+    _same(mechanism, alone, tree_map(lambda y: y[:1], whole), "items of a batch influence one another")
+
+
+def _weights(mechanism, call):
+    return getattr(mechanism.forward(*call.args, **call.options)[1], mechanism.ABOUT.weights)
+
+
+def weights_in_unit_interval(mechanism, call, rng):
+    """Every entry of the attention map lies in [0, 1]."""
+    weights = _weights(mechanism, call)
+    assert np.all((weights >= 0) & (weights <= 1 + 1e-12)), f"{mechanism}: {mechanism.ABOUT.weights} leaves [0, 1]"
+
+
+def weights_sum_to_one(mechanism, call, rng):
+    """The attention map sums to 1 over its last axis, or to 0 where nothing may be attended to."""
+    total = _weights(mechanism, call).sum(axis=-1)
+    off = np.minimum(np.abs(total - 1), np.abs(total)).max(initial=0)
+    assert off <= 1e-12, f"{mechanism}: {mechanism.ABOUT.weights} sums to neither 1 nor 0, off by {off:.3g}"
+
+
+def pixel_permutation_equivariant(mechanism, call, rng):
+    """Reordering the pixels of x (N, C, H, W) reorders the output alike."""
+    x, *rest = call.args
+    n, _, h, w = x.shape
+    order = rng.permutation(h * w)
+
+    def shuffle(t):
+        return t.reshape(n, t.shape[1], h * w)[:, :, order].reshape(t.shape)
+
+    a = shuffle(mechanism.forward(x, *rest, **call.options)[0])
+    b = mechanism.forward(shuffle(x), *rest, **call.options)[0]
+    _same(mechanism, a, b, "depends on the order of pixels")
+
+
+def key_permutation_invariant(mechanism, call, rng):
+    """Reordering keys and values together changes nothing."""
+    q, k, v = call.args
+    order = rng.permutation(k.shape[1])
+    mask = call.options["mask"]
+    a = mechanism.forward(q, k, v, mask=mask)[0]
+    b = mechanism.forward(q, k[:, order], v[:, order], mask=None if mask is None else mask[:, :, order])[0]
+    _same(mechanism, a, b, "depends on the order of keys")
+
+
+def mask_is_truncation(mechanism, call, rng):
+    """Forbidding the last key to everyone is the same as not having it."""
+    q, k, v = call.args
+    if k.shape[1] == 1:
+        return
+    shape = (q.shape[0], q.shape[1], k.shape[1])
+    mask = np.ones(shape, bool) if call.options["mask"] is None else call.options["mask"].copy()
+    mask[:, :, -1] = False
+    a = mechanism.forward(q, k, v, mask=mask)[0]
+    b = mechanism.forward(q, k[:, :-1], v[:, :-1], mask=mask[:, :, :-1])[0]
+    _same(mechanism, b, a, "a masked key still counts")
+
+
+DECLARED = {
+    law.__name__: law
+    for law in (
+        batch_independent,
+        weights_in_unit_interval,
+        weights_sum_to_one,
+        pixel_permutation_equivariant,
+        key_permutation_invariant,
+        mask_is_truncation,
+    )
+}
+
+
+def laws_of(mechanism):
+    """The laws that hold of a mechanism: all universal ones it is not exempt from, and those it declares."""
+    exempt = dict(mechanism.ABOUT.exempt)
+    universal = tuple(law for law in UNIVERSAL if law.__name__ not in exempt)
+    return universal + tuple(DECLARED[name] for name in mechanism.ABOUT.laws)

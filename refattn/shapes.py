@@ -1,0 +1,159 @@
+"""Shapes and dtypes: said once, in the signature of a function; checked on every call, before any work."""
+
+import functools
+import inspect
+from typing import Annotated as Shaped  # Shaped[Array, "N C H W"]
+from typing import get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = np.ndarray  # real or complex floating point, all of one precision in one call
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.integer]
+KINDS = {Array: ("fc", "floating point"), Bools: ("b", "bool"), Ints: ("iu", "integers")}
+
+# --- errors: `where: what has which value, expected what` ---------------------------------------------------
+
+
+class ShapeError(ValueError):
+    """Two arrays disagree about the length of an axis they share."""
+
+
+class DtypeError(TypeError):
+    """An argument is no array, or an array of numbers that the function cannot compute with."""
+
+
+def expect(holds, what, value, expected):
+    """Raise the one error that bad options get: `expect(stride > 0, "conv.forward: stride", stride, "at least 1")`."""
+    if not holds:
+        raise ValueError(f"{what} is {value!r}, expected {expected}")
+
+
+# --- the check ----------------------------------------------------------------------------------------------
+
+
+def shaped(function):
+    """Check arguments and result against the function's own Shaped[Array, "N C ..."] hints, before any work.
+
+    A letter names a length and means the same length throughout one call; a number means itself; "*S" (or
+    "...") stands for any number of axes. The letters of another file's Params or Saved are its own, unless
+    tied to ours: Shaped[linear.Params, "I=C O=R"].
+    """
+    hints = get_type_hints(function, include_extras=True)
+    result_hint = hints.pop("return", None)
+    signature = inspect.signature(function)
+    where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        try:
+            bound = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{where}: {error}, expected {where}{_plain(signature)}") from None
+        call = _Unifier(where, function.__module__)
+        for name, value in bound.items():
+            call.unify(name, value, hints.get(name))
+        result = function(*args, **kwargs)
+        call.unify("result", result, result_hint)
+        return result
+
+    checked.hints = hints
+    return checked
+
+
+def _plain(signature):
+    empty = inspect.Parameter.empty
+    return signature.replace(
+        parameters=[p.replace(annotation=empty) for p in signature.parameters.values()], return_annotation=empty
+    )
+
+
+class _Unifier:
+    """What is known of letters and precision, in the course of one call."""
+
+    def __init__(self, where, module):
+        self.where, self.module = where, module
+        self.lengths = {}  # (scope, letter) -> (length, the argument that fixed it)
+        self.precision = None  # (dtype, the argument that fixed it)
+
+    def unify(self, name, value, hint, rename=None):
+        options = get_args(hint) if get_origin(hint) not in (tuple, Shaped) else ()
+        alternatives = [h for h in options or (hint,) if _carries_shape(h)]
+        if not alternatives or (value is None and type(None) in options):
+            return
+        hint = alternatives[0]
+        if get_origin(hint) is Shaped and get_args(hint)[0] not in KINDS:  # Shaped[other.Params, "I=C"]
+            hint, ties = hint.__origin__, hint.__metadata__[0]
+            rename = {theirs: ours for theirs, _, ours in (tie.partition("=") for tie in ties.split())}
+            self._fields(name, value, hint, lambda letter: rename.get(letter, (name, letter)))
+        elif hasattr(hint, "_fields"):
+            foreign = hint.__module__ != self.module
+            self._fields(name, value, hint, (lambda letter: (name, letter)) if foreign else rename)
+        elif get_origin(hint) is tuple:
+            inner = get_args(hint)
+            if not isinstance(value, tuple) or (inner[-1] is not ... and len(value) != len(inner)):
+                many = "any number" if inner[-1] is ... else len(inner)
+                raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected a tuple of {many}")
+            for i, item in enumerate(value):
+                self.unify(f"{name}[{i}]", item, inner[0] if inner[-1] is ... else inner[i], rename)
+        else:
+            self._array(name, value, get_args(hint)[0], hint.__metadata__[0].split(), rename or (lambda letter: letter))
+
+    def _fields(self, name, value, hint, rename):
+        if getattr(value, "_fields", None) != hint._fields:
+            owner = hint.__module__.rpartition(".")[2]
+            raise DtypeError(
+                f"{self.where}: {name} is {_kind(value)}, expected {owner}.{hint.__name__}({', '.join(hint._fields)})"
+            )
+        for field, inner in get_type_hints(hint, include_extras=True).items():
+            self.unify(f"{name}.{field}", getattr(value, field), inner, rename)
+
+    def _array(self, name, value, kind, axes, rename):
+        letters, description = KINDS[kind]
+        wanted = f"an array of {description} of shape {_spell(axes)}"
+        if not isinstance(value, (np.ndarray, np.generic)) or isinstance(value, (np.ma.MaskedArray, np.matrix)):
+            raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected {wanted}")
+        if value.dtype.kind not in letters:
+            raise DtypeError(f"{self.where}: {name} has dtype {value.dtype}, expected {description}")
+        if kind is Array:
+            precision = np.finfo(value.dtype).dtype  # complex128 is float64 twice: the two may meet
+            first, by = self.precision = self.precision or (precision, name)
+            if first != precision:
+                story = f"{self.where}: {name} has dtype {value.dtype}"
+                raise DtypeError(f"{story}, expected the precision of {by}, {first}")
+        self._axes(name, value.shape, axes, rename)
+
+    def _axes(self, name, shape, axes, rename):
+        stars = [i for i, axis in enumerate(axes) if axis[0] in "*."]
+        spread = len(shape) - len(axes) + 1 if stars else 1
+        if stars and spread >= 0:  # gather the axes under the star into one entry
+            i = stars[0]
+            shape = (*shape[:i], shape[i : i + spread], *shape[i + spread :])
+        fits = len(shape) == len(axes)
+        for axis, length in zip(axes, shape, strict=False) if fits else ():
+            known = int(axis) if axis.isdigit() else self.lengths.setdefault(rename(axis), (length, name))[0]
+            fits &= known == length
+        if not fits:
+            flat = sum((a if isinstance(a, tuple) else (a,) for a in shape), ())
+            facts = {a: self.lengths[rename(a)] for a in axes if not a.isdigit() and rename(a) in self.lengths}
+            facts = [f"{a.lstrip('*')} = {length} from {by}" for a, (length, by) in facts.items() if by != name]
+            story = f"{self.where}: {name} has shape {flat}, expected {_spell(axes)}"
+            raise ShapeError("; ".join([story, *([", ".join(facts)] if facts else [])]))
+
+
+@functools.cache
+def _carries_shape(hint):
+    origin = get_origin(hint)
+    if origin is tuple:
+        return any(_carries_shape(h) for h in get_args(hint))
+    return origin is Shaped or hasattr(hint, "_fields")
+
+
+def _spell(axes):
+    return f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
+
+
+def _kind(value):
+    kind = type(value)
+    return "None" if value is None else f"a {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")

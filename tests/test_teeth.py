@@ -1,0 +1,63 @@
+"""Plant a fault in every gradient of every mechanism: the gradient law must notice.
+
+A law that cannot fail proves nothing. A fault that no law notices is either a gap in the laws or a
+gradient that is always zero, and both deserve a comment in the mechanism's file.
+"""
+
+import numpy as np
+import pytest
+
+from refattn.core import leaves, tree_map
+from refattn.draw import RandomDraw
+from refattn.oracle.laws import gradient_matches_complex_step
+from refattn.registry import everything
+
+FAULTS = {
+    "dropped": lambda g: np.zeros_like(g),
+    "sign": lambda g: -g,
+    "factor 2": lambda g: 2 * g,
+    "1% off": lambda g: 1.01 * g,
+    "averaged over the batch": lambda g: g / 3,
+    "one element lost": lambda g: g * (np.arange(g.size).reshape(g.shape) != g.size // 2),
+}
+
+
+class Faulty:
+    """A mechanism whose gradient of one argument is wrong in one way."""
+
+    def __init__(self, mechanism, path, fault):
+        self._mechanism, self._path, self._fault = mechanism, path, fault
+
+    def __getattr__(self, name):
+        return getattr(self._mechanism, name)
+
+    def __str__(self):
+        return f"faulty {self._mechanism}"
+
+    def backward(self, dout, saved):
+        grads = tuple(self._mechanism.backward(dout, saved))
+        broken = iter([p == self._path for p, _ in leaves(grads)])
+        return tree_map(lambda g: self._fault(g) if next(broken) else g, grads)
+
+
+SEEDS = range(10)
+
+
+def cases():
+    for m in everything().values():
+        paths = {path: None for seed in SEEDS for path, _ in leaves(m.example(RandomDraw(seed)).args)}
+        for path in paths:
+            for name, fault in FAULTS.items():
+                yield pytest.param(Faulty(m, path, fault), id=f"{m}-{path}-{name}")
+
+
+@pytest.mark.parametrize("faulty", list(cases()))
+def test_the_gradient_law_notices(faulty):
+    def noticed(seed):
+        try:
+            gradient_matches_complex_step(faulty, faulty.example(RandomDraw(seed)), np.random.default_rng(seed))
+        except AssertionError:
+            return True
+        return False
+
+    assert any(noticed(seed) for seed in SEEDS), f"{faulty}: this fault goes unnoticed"
