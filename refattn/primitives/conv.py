@@ -1,4 +1,6 @@
-r"""Convolution in any number of dimensions, as the field says it: a cross-correlation.
+r"""Convolution in any number of dimensions.
+
+What the field calls a convolution: a cross-correlation, the kernel is not flipped.
 
 Shapes
     N items, C channels in, O channels out, I = C / groups, *S space in, *K kernel, *T space out.
