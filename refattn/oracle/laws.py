@@ -34,7 +34,7 @@ def _run(mechanism, call, rng, dout=None):
 
 def _cast(call, dtype):
     def cast(x):
-        return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+        return x.astype(dtype) if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind == "f" else x
 
     return Call(tree_map(cast, call.args), {name: tree_map(cast, value) for name, value in call.options.items()})
 
