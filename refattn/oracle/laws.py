@@ -71,7 +71,7 @@ def _gradient(mechanism, call, rng, oracle, rtol):
 
     out, dout, grads = _run(mechanism, call, rng)
     direction = generic(rng, call.args)
-    floor = rtol * inner(tree_map(np.abs, dout), tree_map(np.abs, out))
+    floor = rtol * inner(tree_map(np.abs, dout), tree_map(np.abs, out)) + 1e-90  # less times TINY is subnormal
     for path, _ in leaves(call.args):  # one argument at a time: a small bias must not hide in a big weight
         v = only(direction, path)
         jv = oracle(value, call.args, v)
