@@ -223,7 +223,7 @@ def batch(mechanism, call, pick):
 
     def walk(value, hint):
         if isinstance(value, tuple) and hasattr(hint, "_fields"):
-            fields = hint.__annotations__
+            fields = getattr(hint, "__origin__", hint).__annotations__  # of Shaped[linear.Params, "I=C"]: linear.Params
             return type(value)(*(walk(v, fields[f]) for f, v in zip(value._fields, value, strict=True)))
         return pick(value) if isinstance(value, np.ndarray) and _axes(hint)[:1] == [letter] else value
 
