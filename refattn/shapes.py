@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from types import UnionType
 from typing import Annotated as Shaped  # Shaped[Array, "N C H W"]
 from typing import get_args, get_origin, get_type_hints
 
@@ -59,7 +60,39 @@ def shaped(function):
         return result
 
     checked.hints = hints
+    checked.result_hint = result_hint
     return checked
+
+
+def spelled(thing):
+    """A @shaped function or a NamedTuple of arrays in words: "forward(x: (N, C), *, eps=1e-05) -> (N, C)"."""
+    if hasattr(thing, "_fields"):
+        hints = get_type_hints(thing, include_extras=True)
+        return f"{thing.__name__}({', '.join(f'{name}: {_spell_hint(hints[name])}' for name in thing._fields)})"
+    parts, starred = [], False
+    for p in inspect.signature(thing).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            parts, starred = [*parts, "*"], True
+        hint = f": {_spell_hint(thing.hints[p.name])}" if _carries_shape(thing.hints.get(p.name)) else ""
+        default = "" if p.default is p.empty else f" = {p.default!r}" if hint else f"={p.default!r}"
+        parts.append(p.name + hint + default)
+    return f"{thing.__name__}({', '.join(parts)}) -> {_spell_hint(thing.result_hint)}"
+
+
+def _spell_hint(hint):
+    if get_origin(hint) is tuple:
+        return f"({', '.join('...' if h is ... else _spell_hint(h) for h in get_args(hint))})"
+    if get_origin(hint) is Shaped:
+        kind, axes = get_args(hint)
+        note = {Array: "", Bools: " bool", Ints: " int"}.get(kind)
+        return f"{_owner(kind)} with {axes}" if note is None else _spell(axes.split()) + note
+    if get_origin(hint) is not None or isinstance(hint, UnionType):
+        return " or ".join("None" if h is type(None) else _spell_hint(h) for h in get_args(hint))
+    return _owner(hint) if hasattr(hint, "_fields") else getattr(hint, "__name__", str(hint))
+
+
+def _owner(kind):
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
 def _plain(signature):
@@ -102,10 +135,8 @@ class _Unifier:
 
     def _fields(self, name, value, hint, rename):
         if getattr(value, "_fields", None) != hint._fields:
-            owner = hint.__module__.rpartition(".")[2]
-            raise DtypeError(
-                f"{self.where}: {name} is {_kind(value)}, expected {owner}.{hint.__name__}({', '.join(hint._fields)})"
-            )
+            wanted = f"{_owner(hint)}({', '.join(hint._fields)})"
+            raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected {wanted}")
         for field, inner in get_type_hints(hint, include_extras=True).items():
             self.unify(f"{name}.{field}", getattr(value, field), inner, rename)
 
@@ -144,10 +175,9 @@ class _Unifier:
 
 @functools.cache
 def _carries_shape(hint):
-    origin = get_origin(hint)
-    if origin is tuple:
-        return any(_carries_shape(h) for h in get_args(hint))
-    return origin is Shaped or hasattr(hint, "_fields")
+    if get_origin(hint) is Shaped or hasattr(hint, "_fields"):
+        return True
+    return any(_carries_shape(h) for h in get_args(hint))  # of a tuple or a union
 
 
 def _spell(axes):

@@ -7,6 +7,7 @@ import pytest
 
 from refattn.core import Array, Bools, DtypeError, Ints, Shaped, ShapeError, expect, shaped
 from refattn.primitives import linear
+from refattn.shapes import spelled
 
 
 class Params(NamedTuple):
@@ -168,3 +169,12 @@ def test_nothing_is_computed_before_the_check():
     with pytest.raises(ShapeError, match="expected \\(N, N\\)"):
         work(z(2, 3))
     assert not reached
+
+
+def test_spelled():
+    assert spelled(gate) == (
+        "gate(x: (N, C, *S), params: test_shapes.Params, *, mask: (N,) bool or None = None, eps=0.1) -> None"
+    )
+    assert spelled(Params) == "Params(w: (R, C), b: (R,) or None)"
+    assert spelled(tied).startswith("tied(x: (N, C), inner: linear.Params with I=C O=R, other: linear.Params or None")
+    assert spelled(pair) == "pair(x: (N, R)) -> (test_shapes.Two, ())"
