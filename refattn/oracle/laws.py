@@ -295,27 +295,77 @@ def pixel_permutation_equivariant(mechanism, call, rng):
     _same(mechanism, a, b, "depends on the order of pixels")
 
 
+def along(mechanism, call, letters, pick):
+    """`call` with `pick(array, axis)` applied along every axis that one of `letters` names in forward's hints."""
+    hints = mechanism.forward.hints
+
+    def walk(value, hint):
+        axes = _axes(hint)
+        for i, letter in enumerate(axes if isinstance(value, np.ndarray) else ()):
+            if letter in letters:
+                starred = any(axis[0] in "*." for axis in axes[:i])
+                value = pick(value, i - len(axes) if starred else i)
+        return value
+
+    args = tuple(walk(value, hint) for value, hint in zip(call.args, hints.values(), strict=False))
+    return Call(args, {name: walk(value, hints.get(name)) for name, value in call.options.items()})
+
+
+def _tokens(mechanism):
+    """The letters of the axes on which tokens lie: the last but one of q (or x), and of k."""
+    first_two = [_axes(hint) for hint in mechanism.forward.hints.values()][:2]
+    return [axes[-2] for axes in first_two if len(axes) > 1]
+
+
 def key_permutation_invariant(mechanism, call, rng):
-    """Reordering keys and values together changes nothing."""
-    q, k, v = call.args
-    order = rng.permutation(k.shape[1])
-    mask = call.options["mask"]
-    a = mechanism.forward(q, k, v, mask=mask)[0]
-    b = mechanism.forward(q, k[:, order], v[:, order], mask=None if mask is None else mask[:, :, order])[0]
+    """Reordering keys, values and masks together changes nothing (but what is causal)."""
+    call = Call(call.args, {name: value for name, value in call.options.items() if name != "is_causal"})
+    order = rng.permutation(call.args[1].shape[-2])
+    shuffled = along(mechanism, call, _tokens(mechanism)[1:], lambda x, axis: x.take(order, axis))
+    a, b = (mechanism.forward(*c.args, **c.options)[0] for c in (call, shuffled))
     _same(mechanism, a, b, "depends on the order of keys")
 
 
 def mask_is_truncation(mechanism, call, rng):
-    """Forbidding the last key to everyone is the same as not having it."""
-    q, k, v = call.args
-    if k.shape[1] == 1:
+    """Forbidding the last key to everyone is the same as not having it; the gradient of what it is made of is 0."""
+    keys, count = _tokens(mechanism)[1:], call.args[1].shape[-2]
+    if count == 1:
         return
-    shape = (q.shape[0], q.shape[1], k.shape[1])
-    mask = np.ones(shape, bool) if call.options["mask"] is None else call.options["mask"].copy()
-    mask[:, :, -1] = False
-    a = mechanism.forward(q, k, v, mask=mask)[0]
-    b = mechanism.forward(q, k[:, :-1], v[:, :-1], mask=mask[:, :, :-1])[0]
-    _same(mechanism, b, a, "a masked key still counts")
+    mask = call.options["mask"]
+    mask = np.ones(_weights(mechanism, call).shape, bool) if mask is None else mask.copy()
+    mask[..., -1] = False
+    masked = Call(call.args, call.options | {"mask": mask})
+
+    def without_last(c):
+        return along(mechanism, c, keys, lambda x, axis: x.take(range(count - 1), axis))
+
+    def nothing_for_last(gradient, axis):
+        assert (gradient.take(-1, axis) == 0).all(), f"{mechanism}: a masked key gets a gradient"
+        return gradient
+
+    out, dout, grads = _run(mechanism, masked, rng)
+    shorter, _, fewer = _run(mechanism, without_last(masked), rng, dout)
+    along(mechanism, Call(grads, {}), keys, nothing_for_last)
+    _same(mechanism, (shorter, fewer), (out, without_last(Call(grads, {})).args), "a masked key still counts")
+
+
+def causal(mechanism, call, rng):
+    """Later tokens change no earlier output, and get exactly no gradient from it."""
+    tokens, count = _tokens(mechanism), call.args[0].shape[-2]
+    now = rng.integers(1, count + 1)
+    if "is_causal" in mechanism.forward.hints:
+        call = Call(call.args, call.options | {"is_causal": True})
+
+    def nothing_for_later(gradient, axis):
+        later = gradient.take(range(now, max(now, gradient.shape[axis])), axis)
+        assert (later == 0).all(), f"{mechanism}: the past gives the future a gradient"
+        return gradient
+
+    out, saved = mechanism.forward(*call.args, **call.options)
+    past = along(mechanism, call, tokens, lambda x, axis: x.take(range(min(now, x.shape[axis])), axis))
+    _same(mechanism, mechanism.forward(*past.args, **past.options)[0], out[..., :now, :], "the future changes the past")
+    dout = np.where(np.arange(count)[:, None] < now, generic(rng, out), 0)
+    along(mechanism, Call(tuple(mechanism.backward(dout, saved)), {}), tokens, nothing_for_later)
 
 
 DECLARED = {
@@ -327,6 +377,7 @@ DECLARED = {
         pixel_permutation_equivariant,
         key_permutation_invariant,
         mask_is_truncation,
+        causal,
     )
 }
 
