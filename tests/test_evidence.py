@@ -1,0 +1,48 @@
+"""The witnesses a file names in ABOUT are there, and those that are there are named."""
+
+from pathlib import Path
+
+import pytest
+
+from refattn.registry import everything
+from tests.test_golden import FILES, INDEX, case_of
+
+HERE = Path(__file__).parent
+RELATIONS = (HERE / "test_relations.py").read_text()
+EVERYTHING = list(everything().values())
+
+
+@pytest.mark.parametrize("mechanism", EVERYTHING, ids=str)
+def test_definitions(mechanism):
+    named, there = "definition" in mechanism.ABOUT.witnesses, (HERE / "definitions" / f"{mechanism}.py").exists()
+    assert named == there, f"{mechanism}: names a definition: {named}; tests/definitions has one: {there}"
+
+
+@pytest.mark.parametrize("mechanism", EVERYTHING, ids=str)
+def test_relations(mechanism):
+    if "relation" in mechanism.ABOUT.witnesses:
+        assert f"{mechanism}." in RELATIONS, f"{mechanism}: names a relation that tests/test_relations.py does not have"
+
+
+@pytest.mark.skipif(not INDEX or not FILES, reason="no recordings here")
+@pytest.mark.parametrize("mechanism", EVERYTHING, ids=str)
+def test_recordings(mechanism):
+    """Primitives that torch.nn recorded count as authors' code of torch, not of a paper: for them it may be unnamed."""
+    there = mechanism.module.__name__ in RECORDED
+    named = "authors' code" in mechanism.ABOUT.witnesses
+    assert named <= there, f"{mechanism}: names recordings that no map leads to"
+    if mechanism.family != "primitives":
+        assert named == there, f"{mechanism}: has recordings, but does not name them"
+
+
+RECORDED = {case_of(record).module.__name__ for record in INDEX} if INDEX and FILES else set()
+
+
+@pytest.mark.frameworks
+def test_frameworks():
+    pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    from refattn.frameworks.torch import TARGETS
+
+    covered = {target.mechanism for target in TARGETS}
+    named = {m.name for m in EVERYTHING if "framework" in m.ABOUT.witnesses}
+    assert named == covered, f"named but not cross-checked: {named - covered}; not named: {covered - named}"
