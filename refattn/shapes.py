@@ -118,8 +118,8 @@ class _Unifier:
         hint = alternatives[0]
         if get_origin(hint) is Shaped and get_args(hint)[0] not in KINDS:  # Shaped[other.Params, "I=C"]
             hint, ties = hint.__origin__, hint.__metadata__[0]
-            rename = {theirs: ours for theirs, _, ours in (tie.partition("=") for tie in ties.split())}
-            self._fields(name, value, hint, lambda letter: rename.get(letter, (name, letter)))
+            ours, outer = dict(tie.split("=") for tie in ties.split()), rename or (lambda letter: letter)
+            self._fields(name, value, hint, lambda letter: outer(ours[letter]) if letter in ours else (name, letter))
         elif hasattr(hint, "_fields"):
             foreign = hint.__module__ != self.module
             self._fields(name, value, hint, (lambda letter: (name, letter)) if foreign else rename)

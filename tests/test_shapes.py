@@ -15,6 +15,11 @@ class Params(NamedTuple):
     b: Shaped[Array, "R"] | None = None
 
 
+class Chain(NamedTuple):
+    first: Shaped[linear.Params, "I=A O=M"]
+    second: Shaped[linear.Params, "I=M O=Z"]
+
+
 class Two(NamedTuple):
     y: Shaped[Array, "N R"]
     z: Shaped[Array, "N"]
@@ -27,6 +32,11 @@ def gate(x: Shaped[Array, "N C *S"], params: Params, *, mask: Shaped[Bools, "N"]
 
 @shaped
 def tied(x: Shaped[Array, "N C"], inner: Shaped[linear.Params, "I=C O=R"], other: linear.Params | None = None):
+    return x
+
+
+@shaped
+def chained(x: Shaped[Array, "N C"], m: Shaped[Array, "M"], chain: Shaped[Chain, "A=C"]):
     return x
 
 
@@ -51,6 +61,7 @@ GOOD = [
     lambda: gate(z(2, 3, dtype=complex), Params(z(4, 3))),
     lambda: gate(z(2, 3, dtype=np.float32), Params(z(4, 3, dtype=np.complex64))),
     lambda: tied(z(2, 3), linear.Params(z(7, 3)), linear.Params(z(5, 9), z(5))),
+    lambda: chained(z(2, 3), z(9), Chain(linear.Params(z(5, 3)), linear.Params(z(4, 5)))),
     lambda: ids(z(3, 2, dtype=int), (Params(z(4, 3)), Params(z(4, 3)))),
     lambda: pair(z(2, 3)),
 ]
@@ -71,6 +82,16 @@ BAD = [
         lambda: gate(z(2, 3), Params(z(4, 3)), mask=z(3, dtype=bool)),
         ShapeError,
         "test_shapes.gate: mask has shape (3,), expected (N,); N = 2 from x",
+    ),
+    (
+        lambda: chained(z(2, 3), z(9), Chain(linear.Params(z(5, 7)), linear.Params(z(4, 5)))),
+        ShapeError,
+        "test_shapes.chained: chain.first.weight has shape (5, 7), expected (O, I); I = 3 from x",
+    ),
+    (
+        lambda: chained(z(2, 3), z(9), Chain(linear.Params(z(5, 3)), linear.Params(z(4, 6)))),
+        ShapeError,
+        "test_shapes.chained: chain.second.weight has shape (4, 6), expected (O, I); I = 5 from chain.first.weight",
     ),
     (
         lambda: gate([[1.0]], Params(z(4, 3))),
