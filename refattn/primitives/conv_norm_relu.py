@@ -51,9 +51,10 @@ def forward(
     padding: int | tuple = 0,
     dilation: int | tuple = 1,
     groups: int = 1,
+    eps: float = 1e-5,
 ) -> tuple[Shaped[Array, "N O *T"], Saved]:
     a, convolved = conv.forward(x, params.conv, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    u, normed = batch_norm.forward(a, params.norm, stats=stats)
+    u, normed = batch_norm.forward(a, params.norm, stats=stats, eps=eps)
     y = relu(u)
     return y, Saved(convolved, normed, y)
 
@@ -78,6 +79,7 @@ def example(draw):
         mean, var = draw.like(batch_norm.init_stats(outputs))
         stats = batch_norm.Stats(mean, var * var + 0.5)
     options = {"stride": draw.choice("stride", 1, 2), "padding": draw.choice("padding", 0, 1)}
+    options["eps"] = draw.choice("eps", 1e-5, 1e-3)
     return Call((x, params), {"stats": stats, "dilation": dilation, "groups": groups, **options})
 
 
