@@ -222,6 +222,7 @@ def batch(mechanism, call, pick):
         return None
 
     def walk(value, hint):
+        hint = next((h for h in getattr(hint, "__args__", ()) if hasattr(h, "_fields")), hint)  # State of State | None
         if isinstance(value, tuple) and hasattr(hint, "_fields"):
             fields = getattr(hint, "__origin__", hint).__annotations__  # of Shaped[linear.Params, "I=C"]: linear.Params
             return type(value)(*(walk(v, fields[f]) for f, v in zip(value._fields, value, strict=True)))
