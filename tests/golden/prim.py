@@ -1,7 +1,8 @@
 """torch.nn primitives."""
 
-from refattn.primitives import batch_norm, conv, linear, softmax
+from refattn.primitives import batch_norm, conv, gru_cell, linear, lstm_cell, softmax
 from tests.golden import Case
+from tests.golden.rnn import cell_params
 
 
 def case(record):
@@ -54,3 +55,14 @@ _batchnorm1d = _batchnorm2d = _batchnorm
 
 def _softmax(record):
     return Case(softmax, lambda get: (get("in.x"),), _out, {"axis": record.ctor["dim"]})
+
+
+def _grucell(record):
+    return Case(gru_cell, lambda get: (get("in.x"), get("in.h"), cell_params(get, "GRU")), _out)
+
+
+def _lstmcell(record):
+    def args(get):
+        return get("in.x"), lstm_cell.State(get("in.h"), get("in.c")), cell_params(get, "LSTM")
+
+    return Case(lstm_cell, args, lambda get: lstm_cell.State(get("out.h1"), get("out.c1")))
