@@ -9,7 +9,8 @@ import pytest
 
 from refattn.core import leaves, tree_map
 from refattn.draw import RandomDraw
-from refattn.oracle.laws import gradient_matches_complex_step
+from refattn.oracle.derivatives import complex_step, largest
+from refattn.oracle.laws import generic, gradient_matches_complex_step, only
 from refattn.registry import everything
 
 FAULTS = {
@@ -19,6 +20,10 @@ FAULTS = {
     "1% off": lambda g: 1.01 * g,
     "averaged over the batch": lambda g: g / 3,
     "one element lost": lambda g: g * (np.arange(g.size).reshape(g.shape) != g.size // 2),
+}
+
+ALWAYS_ZERO = {  # gradients that no factor can spoil: what must be noticed is something made of nothing
+    ("multi_head", "3.k.bias"): "it adds the same to all scores of a query, which softmax does not see",
 }
 
 
@@ -47,7 +52,8 @@ def cases():
     for m in everything().values():
         paths = {path: None for seed in SEEDS for path, _ in leaves(m.example(RandomDraw(seed)).args)}
         for path in paths:
-            for name, fault in FAULTS.items():
+            faults = {"not nothing": lambda g: g + 1} if (str(m), path) in ALWAYS_ZERO else FAULTS
+            for name, fault in faults.items():
                 yield pytest.param(Faulty(m, path, fault), id=f"{m}-{path}-{name}")
 
 
@@ -61,3 +67,13 @@ def test_the_gradient_law_notices(faulty):
         return False
 
     assert any(noticed(seed) for seed in SEEDS), f"{faulty}: this fault goes unnoticed"
+
+
+@pytest.mark.parametrize("name, path", ALWAYS_ZERO)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_always_zero(name, path, seed):
+    """The complex step agrees that this gradient leaves nothing for a factor to spoil."""
+    args, options = everything()[name].example(RandomDraw(seed))
+    along = only(generic(np.random.default_rng(seed), args), path)
+    jv = complex_step(lambda *moved: everything()[name].forward(*moved, **options)[0], args, along)
+    assert largest(jv) <= 1e-13, f"{name}: the gradient of {path} is not zero"
