@@ -283,16 +283,16 @@ def weights_sum_to_one(mechanism, call, rng):
 
 
 def pixel_permutation_equivariant(mechanism, call, rng):
-    """Reordering the pixels of x (N, C, H, W) reorders the output alike."""
-    x, *rest = call.args
-    n, _, h, w = x.shape
+    """Reordering the pixels of every image argument (N, C, H, W) reorders the output alike."""
+    n, _, h, w = call.args[0].shape
     order = rng.permutation(h * w)
 
     def shuffle(t):
         return t.reshape(n, t.shape[1], h * w)[:, :, order].reshape(t.shape)
 
-    a = shuffle(mechanism.forward(x, *rest, **call.options)[0])
-    b = mechanism.forward(shuffle(x), *rest, **call.options)[0]
+    shuffled = [shuffle(t) if isinstance(t, np.ndarray) and t.ndim == 4 else t for t in call.args]
+    a = shuffle(mechanism.forward(*call.args, **call.options)[0])
+    b = mechanism.forward(*shuffled, **call.options)[0]
     _same(mechanism, a, b, "depends on the order of pixels")
 
 

@@ -1,16 +1,21 @@
-"""Hu, Shen and Sun 2018, equations 2 to 4."""
+"""Hu, Shen and Sun 2018, equations 2 to 4, with the shortcut of their residual networks."""
 
 import math
 
 
 def element(args, options, where, index):
-    x, (w1, b1, w2, b2) = args
+    x, (w1, w2, b1, b2), shortcut = args
     n, c, i, j = index
     _, channels, height, width = x.shape
     z = [
         sum(x[n, k, row, col] for row in range(height) for col in range(width)) / (height * width)
         for k in range(channels)
     ]
-    hidden = [max(b1[r] + sum(w1[r, k] * z[k] for k in range(channels)), 0.0) for r in range(len(b1))]
-    u = b2[c] + sum(w2[c, r] * hidden[r] for r in range(len(b1)))
-    return x[n, c, i, j] / (1 + math.exp(-u))
+    hidden = []
+    for r, weights in enumerate(w1):
+        a = sum(weights[k] * z[k] for k in range(channels))
+        hidden.append(max(a if b1 is None else a + b1[r], 0.0))
+    u = sum(w2[c, r] * h for r, h in enumerate(hidden))
+    u = u if b2 is None else u + b2[c]
+    y = x[n, c, i, j] / (1 + math.exp(-u))
+    return y if shortcut is None else y + shortcut[n, c, i, j]
