@@ -65,7 +65,9 @@ def gradients_mirror_arguments(mechanism, call, rng):
         assert g.dtype == x.dtype, f"{mechanism}: gradient of {path} is {g.dtype}, but should be {x.dtype}"
 
 
-def _gradient(mechanism, call, rng, oracle, rtol):
+def gradient_errors(mechanism, call, rng, oracle, rtol):
+    """Yield (path, <J'dout, v>, <dout, J v>, their allowed difference) for every argument, J v by `oracle`."""
+
     def value(*args):
         return mechanism.forward(*args, **call.options)[0]
 
@@ -75,9 +77,13 @@ def _gradient(mechanism, call, rng, oracle, rtol):
     for path, _ in leaves(call.args):  # one argument at a time: a small bias must not hide in a big weight
         v = only(direction, path)
         jv = oracle(value, call.args, v)
-        theirs, ours = inner(dout, jv), inner(grads, v)
         size = inner(tree_map(np.abs, dout), tree_map(np.abs, jv)) + inner(tree_map(np.abs, grads), tree_map(np.abs, v))
-        assert abs(theirs - ours) <= rtol * size + floor, (
+        yield path, inner(grads, v), inner(dout, jv), rtol * size + floor
+
+
+def _gradient(mechanism, call, rng, oracle, rtol):
+    for path, ours, theirs, allowed in gradient_errors(mechanism, call, rng, oracle, rtol):
+        assert abs(theirs - ours) <= allowed, (
             f"{mechanism}: gradient of argument {path}: backward says {ours:.12g}, {oracle.__name__} says "
             f"{theirs:.12g} along a generic direction (ratio {ours / theirs if theirs else np.inf:.6g})"
         )
