@@ -229,6 +229,8 @@ def batch(mechanism, call, pick):
 
     def walk(value, hint):
         hint = next((h for h in getattr(hint, "__args__", ()) if hasattr(h, "_fields")), hint)  # State of State | None
+        if type(value) is tuple:  # of tuple[State, ...]
+            return tuple(walk(v, hint) for v in value)
         if isinstance(value, tuple) and hasattr(hint, "_fields"):
             fields = getattr(hint, "__origin__", hint).__annotations__  # of Shaped[linear.Params, "I=C"]: linear.Params
             return type(value)(*(walk(v, fields[f]) for f, v in zip(value._fields, value, strict=True)))
