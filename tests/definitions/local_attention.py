@@ -3,16 +3,26 @@
 import math
 
 from tests.definitions.alignment_score import energy
+from tests.definitions.multiplicative import normalised
 
 
 def element(args, options, where, index):
-    query, memory, (score, position) = args
+    query, memory, params = args
     n, t, last = index
-    lengths, window = options.get("lengths"), options["window"]
-    length = memory.shape[1] if lengths is None else int(lengths[n])
-    h = list(query[n, t])
+    lengths = options.get("lengths")
+    states = [list(memory[n, s]) for s in range(memory.shape[1] if lengths is None else lengths[n])]
+    weights = alignment(list(query[n, t]), states, params, options, options["start"] + t + 1)
+    if where == "weights":
+        return weights.get(last + 1, 0.0)
+    return sum(a * states[s - 1][last] for s, a in weights.items())
+
+
+def alignment(h, states, params, options, t):
+    """{s: weight} of the states in the window of decoder state h, which is number t."""
+    score, position = params
+    length, window = len(states), options["window"]
     if position is None:
-        p = centre = min(options["start"] + t + 1, length)
+        p = centre = min(t, length)
     else:
         w, v = position
         u = sum(v[r] * math.tanh(sum(w[r, q] * h[q] for q in range(len(h)))) for r in range(len(v)))
@@ -23,10 +33,7 @@ def element(args, options, where, index):
         return 1.0 if position is None else math.exp(-((s - p) ** 2) / (2 * (window / 2) ** 2))
 
     inside = [s for s in range(centre - window, centre + window + 1) if 1 <= s <= length]
-    e = {s: energy(h, list(memory[n, s - 1]), score, options["score"]) for s in inside}
+    e = {s: energy(h, states[s - 1], score, options["score"]) for s in inside}
     if options["gaussian"] == "scores":
-        e = {s: e[s] * gaussian(s) for s in inside}
-    a = {s: 1 / sum(math.exp(min(e[r] - e[s], 700)) for r in inside) for s in inside}
-    if options["gaussian"] == "weights":
-        a = {s: a[s] * gaussian(s) for s in inside}
-    return a.get(last + 1, 0.0) if where == "weights" else sum(a[s] * memory[n, s - 1, last] for s in inside)
+        return normalised({s: e[s] * gaussian(s) for s in inside})
+    return {s: a * gaussian(s) for s, a in normalised(e).items()}

@@ -9,9 +9,16 @@ def element(args, options, where, index):
     query, memory, params = args
     n, t, last = index
     mask = options["mask"]
-    allowed = [s for s in range(memory.shape[1]) if mask is None or mask[n, s]]
-    energies = {s: energy(list(query[n, t]), list(memory[n, s]), params, options["score"]) for s in allowed}
-    total = {s: sum(math.exp(min(energies[r] - energies[s], 700)) for r in allowed) for s in allowed}
-    if where == "weights":
-        return 1 / total[last] if last in allowed else 0.0
-    return sum(memory[n, s, last] / total[s] for s in allowed)
+    states = {s: list(memory[n, s]) for s in range(memory.shape[1]) if mask is None or mask[n, s]}
+    weights = alignment(list(query[n, t]), states, params, options["score"])
+    return weights.get(last, 0.0) if where == "weights" else sum(weights[s] * states[s][last] for s in states)
+
+
+def alignment(h, states, params, score):
+    """The weight of every state in {s: state}."""
+    return normalised({s: energy(h, m, params, score) for s, m in states.items()})
+
+
+def normalised(energies):
+    """Softmax of {s: energy}; beyond e^700 a term of the sum has long made its share 0."""
+    return {s: 1 / sum(math.exp(min(other - e, 700)) for other in energies.values()) for s, e in energies.items()}
