@@ -3,7 +3,12 @@
 Every one is safe under the complex step: it branches on the real part and never takes an absolute value.
 """
 
+import math
+
 import numpy as np
+from scipy.special import erfc
+
+from refattn.core import DtypeError
 
 
 def relu(x):
@@ -15,3 +20,45 @@ def sigmoid(x):
     """1 / (1 + e^-x), without overflow at either end; the slope is s (1 - s)."""
     e = np.exp(np.where(x.real < 0, x, -x))  # |e| <= 1
     return np.where(x.real < 0, e, 1) / (1 + e)
+
+
+def maximum(a, b):
+    """The larger of two by real part, the first of equals; NaN wins against every number."""
+    if np.iscomplexobj(a) or np.iscomplexobj(b):
+        return np.where((b.real > a.real) | np.isnan(b.real), b, a)
+    return np.maximum(a, b)
+
+
+def gelu(x):
+    """x Phi(x), where Phi(x) = (1 + erf(x / sqrt 2)) / 2 is the normal distribution; the slope is gelu_slope."""
+    return x * _normal(x)
+
+
+def gelu_slope(x):
+    """Phi(x) + x phi(x), with the density phi(x) = e^(-x^2 / 2) / sqrt(2 pi)."""
+    return _normal(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _normal(x):
+    """Phi(x) by erfc, which keeps its digits where Phi is small."""
+    if x.dtype.char in "gG":
+        raise DtypeError(
+            f"elementwise.gelu: x has dtype {x.dtype} (longdouble), expected float32 or float64: "
+            "SciPy has no erf of longer numbers; gelu_tanh takes all"
+        )
+    return erfc(-x / math.sqrt(2)) / 2
+
+
+def gelu_tanh(x):
+    """The approximation x/2 (1 + tanh u) = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return x * sigmoid(_twice_u(x))
+
+
+def gelu_tanh_slope(x):
+    """s + x s (1 - s) 2 u', with s = sigmoid(2 u), 1 - s = sigmoid(-2 u), u' = sqrt(2 / pi) (1 + 3 0.044715 x^2)."""
+    s, one_minus_s = sigmoid(_twice_u(x)), sigmoid(-_twice_u(x))
+    return s + x * s * one_minus_s * (math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x * x))
+
+
+def _twice_u(x):
+    return math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)
