@@ -31,9 +31,8 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.core import About, Array, Bools, Call, Shaped, expect, shaped, tree_map
-from refattn.primitives import gru_cell, lstm_cell, rnn_cell
+from refattn.primitives import recurrent_cell
 
-CELLS = {module.Params: module for module in (rnn_cell, gru_cell, lstm_cell)}
 DIRECTIONS = {"forward": (1,), "backward": (-1,), "both": (1, -1)}  # the steps in time
 
 
@@ -54,7 +53,6 @@ class Out(NamedTuple):
 class Saved(NamedTuple):
     scans: tuple  # of L tuples of T cell.Saved, in the order of time
     started: bool  # with a given state
-    params: Params
     direction: str
     mask: Shaped[Bools, "N T"] | None
     padded: str
@@ -62,10 +60,9 @@ class Saved(NamedTuple):
 
 def init(rng, inputs, hidden, *, cell="gru", layers=1, direction="forward", bias=True):
     """As the cell's own init, for every layer and direction."""
-    module = {"rnn": rnn_cell, "gru": gru_cell, "lstm": lstm_cell}[cell]
     ways = len(DIRECTIONS[direction])
     widths = [inputs] * ways + [ways * hidden] * ways * (layers - 1)
-    return Params(tuple(module.init(rng, width, hidden, bias) for width in widths))
+    return Params(tuple(recurrent_cell.init(rng, width, hidden, cell=cell, bias=bias) for width in widths))
 
 
 @shaped
@@ -81,20 +78,19 @@ def forward(
     z_weighs: str = "old",
 ) -> tuple[Out, Saved]:
     _check(x, state, params, direction, padded)
-    cell = CELLS[type(params.cells[0])]
-    options = {"reset_after": reset_after, "z_weighs": z_weighs} if cell is gru_cell else {}
+    options = {"reset_after": reset_after, "z_weighs": z_weighs}
     steps = DIRECTIONS[direction]
     y, finals, scans = x, [], []
     for layer in range(0, len(params.cells), len(steps)):
         outputs = []
         for i, step in enumerate(steps, start=layer):
-            start = _start(x, state, params, i)
-            output, final, scan = _scan(cell, y, start, params.cells[i], step, mask, padded, options)
+            start = recurrent_cell.zeros(x, params.cells[i]) if state is None else _unstack(state, i)
+            output, final, scan = _scan(y, start, params.cells[i], step, mask, padded, options)
             outputs.append(output)
             finals.append(final)
             scans.append(scan)
         y = np.concatenate(outputs, axis=2)
-    return Out(y, _stack(finals)), Saved(tuple(scans), state is not None, params, direction, mask, padded)
+    return Out(y, _stack(finals)), Saved(tuple(scans), state is not None, direction, mask, padded)
 
 
 @shaped
@@ -104,40 +100,34 @@ def backward(dout: Out, saved: Saved) -> tuple[Shaped[Array, "N T I"], State | N
     for layer in reversed(range(0, count, len(steps))):
         dx = 0
         for i, (step, doutput) in enumerate(zip(steps, np.split(dy, len(steps), axis=2)), start=layer):
-            dfinal = _cell_state(dout.state, i)
+            dfinal = _unstack(dout.state, i)
             dinput, dstates[i], dcells[i] = _scan_backward(doutput, dfinal, saved.scans[i], step, saved)
             dx = dx + dinput
         dy = dx
     return dy, _stack(dstates) if saved.started else None, Params(tuple(dcells))
 
 
-def _scan(cell, x, state, params, step, mask, padded, options):
+def _scan(x, state, cell, step, mask, padded, options):
     """One cell, from one end of x to the other: (outputs, last state, what the cell saved at every step)."""
     times = range(x.shape[1])
     outputs, scan = [None for _ in times], [None for _ in times]
     for t in times[::step]:
-        new, scan[t] = cell.forward(x[:, t], state, params, **options)
+        new, scan[t] = recurrent_cell.forward(x[:, t], state, cell, **options)
         state = _where(mask, t, new, state)
-        outputs[t] = _visible(state)
-        if padded == "zero":
-            outputs[t] = _where(mask, t, outputs[t], np.zeros_like(outputs[t]))
+        outputs[t] = state.h if padded == "hold" else _where(mask, t, new.h, np.zeros_like(new.h))
     return np.stack(outputs, axis=1), state, tuple(scan)
 
 
 def _scan_backward(doutputs, dstate, scan, step, saved):
-    cell, mask = CELLS[type(saved.params.cells[0])], saved.mask
-    times, dparams = range(len(scan)), None
-    dx = [None for _ in times]
+    times, mask, dcell = range(len(scan)), saved.mask, None
+    dx, nothing = [None for _ in times], tree_map(np.zeros_like, dstate)
     for t in times[::-step]:
-        dh = doutputs[:, t]
-        if saved.padded == "zero":
-            dh = _where(mask, t, dh, np.zeros_like(dh))
-        dstate = _add_visible(dstate, dh)
-        nothing = tree_map(np.zeros_like, dstate)
-        dx[t], dbefore, share = cell.backward(_where(mask, t, dstate, nothing), scan[t])
+        doutput = doutputs[:, t] if saved.padded == "hold" else _where(mask, t, doutputs[:, t], nothing.h)
+        dstate = dstate._replace(h=dstate.h + doutput)
+        dx[t], dbefore, share = recurrent_cell.backward(_where(mask, t, dstate, nothing), scan[t])
         dstate = tree_map(np.add, dbefore, _where(mask, t, nothing, dstate))
-        dparams = share if dparams is None else tree_map(np.add, dparams, share)
-    return np.stack(dx, axis=1), dstate, dparams
+        dcell = share if dcell is None else tree_map(np.add, dcell, share)
+    return np.stack(dx, axis=1), dstate, dcell
 
 
 def _where(mask, t, real, waiting):
@@ -145,33 +135,14 @@ def _where(mask, t, real, waiting):
     return real if mask is None else tree_map(lambda a, b: np.where(mask[:, t, None], a, b), real, waiting)
 
 
-# --- the state of one cell: (N, H), or lstm_cell.State ------------------------------------------------------
-
-
-def _visible(state):
-    return state.h if isinstance(state, lstm_cell.State) else state
-
-
-def _add_visible(state, dh):
-    return state._replace(h=state.h + dh) if isinstance(state, lstm_cell.State) else state + dh
-
-
-def _start(x, state, params, i):
-    if state is None:
-        zeros = np.zeros((len(x), 1, params.cells[i].w_h.shape[-1]), x.dtype)
-        return _cell_state(State(zeros, zeros if isinstance(params.cells[i], lstm_cell.Params) else None), 0)
-    return _cell_state(state, i)
-
-
-def _cell_state(state, i):
-    return state.h[:, i] if state.c is None else lstm_cell.State(state.h[:, i], state.c[:, i])
+def _unstack(state, i):
+    """The state of cell i, of (N, L, H)."""
+    return recurrent_cell.State(*tree_map(lambda part: part[:, i], state))
 
 
 def _stack(states):
-    """L cell states as one State."""
-    if isinstance(states[0], lstm_cell.State):
-        return State(*(np.stack(parts, axis=1) for parts in zip(*states)))
-    return State(np.stack(states, axis=1))
+    """The states of L cells as one, (N, L, H)."""
+    return State(*tree_map(lambda *parts: np.stack(parts, axis=1), *states))
 
 
 def _check(x, state, params, direction, padded):
@@ -179,21 +150,22 @@ def _check(x, state, params, direction, padded):
     expect(direction in DIRECTIONS, f"{where} direction", direction, f"one of {tuple(DIRECTIONS)}")
     expect(padded in ("zero", "hold"), f"{where} padded", padded, "'zero' or 'hold'")
     expect(x.shape[1] > 0, f"{where} x.shape", x.shape, "at least one step")
-    kinds, ways = {type(cell) for cell in cells}, len(DIRECTIONS[direction])
-    fits = len(kinds) == 1 and kinds <= set(CELLS)
-    expect(fits, f"{where} params.cells", sorted(map(str, kinds)), "Params of one of rnn_cell, gru_cell, lstm_cell")
-    expect(len(cells) % ways == 0, f"{where} len(params.cells)", len(cells), f"a multiple of {ways} for {direction!r}")
+    ways = len(DIRECTIONS[direction])
+    whole = len(cells) > 0 and len(cells) % ways == 0
+    expect(whole, f"{where} len(params.cells)", len(cells), f"a positive multiple of {ways} for {direction!r}")
+    kinds = {type(cell).__module__.rpartition(".")[2] for cell in cells}
+    one = len(kinds) == 1 and type(cells[0]) in recurrent_cell.OF_PARAMS
+    expect(one, f"{where} params.cells", kinds, "Params of one of rnn_cell, gru_cell, lstm_cell")
     hidden = cells[0].w_h.shape[-1]
     for i, cell in enumerate(cells):
-        inputs, width = x.shape[2] if i < ways else ways * hidden, cell.w_h.shape[-1]
-        expect(width == hidden, f"{where} params.cells[{i}].w_h", cell.w_h.shape, f"H = {hidden}, from params.cells[0]")
+        name, inputs = f"{where} params.cells[{i}]", x.shape[2] if i < ways else ways * hidden
+        expect(cell.w_h.shape[-1] == hidden, f"{name}.w_h.shape", cell.w_h.shape, f"H = {hidden}, from params.cells[0]")
         fits = cell.w_x is None or cell.w_x.shape[-1] == inputs
-        expect(fits, f"{where} params.cells[{i}].w_x", cell.w_x, f"a last axis of {inputs}")
+        expect(fits, f"{name}.w_x.shape", np.shape(cell.w_x), f"a last axis of {inputs}")
     if state is not None:
-        wanted = (len(x), len(cells), hidden)
-        expect(state.h.shape == wanted, f"{where} state.h.shape", state.h.shape, f"(N, L, H) = {wanted}")
-        needed = lstm_cell.Params in kinds
-        expect((state.c is not None) == needed, f"{where} state.c", state.c, "an array" if needed else "None")
+        shape = len(x), len(cells), hidden
+        expect(state.h.shape == shape, f"{where} state.h.shape", state.h.shape, f"(N, L, H) = {shape}")
+        recurrent_cell.check(state, cells[0], where)
 
 
 def example(draw):

@@ -4,9 +4,16 @@ import math
 
 
 def element(args, options, where, index):
-    x, h, (w_x, w_h, b_x, b_h) = args
-    n, j = index
-    a = sum(w_x[j, i] * x[n, i] for i in range(x.shape[1])) + sum(w_h[j, k] * h[n, k] for k in range(h.shape[1]))
-    for bias in (b_x, b_h):
-        a += 0.0 if bias is None else bias[j]
-    return math.tanh(a)
+    x, h, params = args
+    return step(list(x[index[0]]), list(h[index[0]]), params)[index[1]]
+
+
+def step(x, h, params):
+    """The new state of one item, as a list of floats."""
+    w_x, w_h, b_x, b_h = params
+
+    def net(j):
+        total = sum(w_x[j, i] * x[i] for i in range(len(x))) + sum(w_h[j, k] * h[k] for k in range(len(h)))
+        return total + sum(bias[j] for bias in (b_x, b_h) if bias is not None)
+
+    return [math.tanh(net(j)) for j in range(len(h))]
