@@ -227,6 +227,13 @@ def batch(mechanism, call, pick):
     if letter is None or letter[0] in "*." or letter.isdigit():
         return None
 
+    return _arrays(mechanism, call, lambda x, axes: pick(x) if axes[:1] == [letter] else x)
+
+
+def _arrays(mechanism, call, change):
+    """`call` with `change(array, its letters in the hints of forward)` in place of every array."""
+    hints = mechanism.forward.hints
+
     def walk(value, hint):
         hint = next((h for h in getattr(hint, "__args__", ()) if hasattr(h, "_fields")), hint)  # State of State | None
         if type(value) is tuple:  # of tuple[State, ...]
@@ -234,7 +241,7 @@ def batch(mechanism, call, pick):
         if isinstance(value, tuple) and hasattr(hint, "_fields"):
             fields = getattr(hint, "__origin__", hint).__annotations__  # of Shaped[linear.Params, "I=C"]: linear.Params
             return type(value)(*(walk(v, fields[f]) for f, v in zip(value._fields, value, strict=True)))
-        return pick(value) if isinstance(value, np.ndarray) and _axes(hint)[:1] == [letter] else value
+        return change(value, _axes(hint)) if isinstance(value, np.ndarray) else value
 
     args = tuple(walk(value, hints.get(name)) for name, value in zip(hints, call.args, strict=False))
     return Call(args, {name: walk(value, hints.get(name)) for name, value in call.options.items()})
@@ -306,18 +313,14 @@ def pixel_permutation_equivariant(mechanism, call, rng):
 
 def along(mechanism, call, letters, pick):
     """`call` with `pick(array, axis)` applied along every axis that one of `letters` names in forward's hints."""
-    hints = mechanism.forward.hints
 
-    def walk(value, hint):
-        axes = _axes(hint)
-        for i, letter in enumerate(axes if isinstance(value, np.ndarray) else ()):
-            if letter in letters:
-                starred = any(axis[0] in "*." for axis in axes[:i])
-                value = pick(value, i - len(axes) if starred else i)
-        return value
+    def change(x, axes):
+        for i, letter in enumerate(axes):
+            starred = any(axis[0] in "*." for axis in axes[:i])  # then the axis is counted from the end
+            x = pick(x, i - len(axes) if starred else i) if letter in letters else x
+        return x
 
-    args = tuple(walk(value, hint) for value, hint in zip(call.args, hints.values(), strict=False))
-    return Call(args, {name: walk(value, hints.get(name)) for name, value in call.options.items()})
+    return _arrays(mechanism, call, change)
 
 
 def _tokens(mechanism):
