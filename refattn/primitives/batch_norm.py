@@ -25,11 +25,13 @@ Choices
     Training needs n > 1, as in torch: one value per channel has no variance. params=None leaves out gamma and beta.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from refattn.blocks import by_channels
 from refattn.core import About, Array, Call, Shaped, expect, shaped
 
 
@@ -44,7 +46,7 @@ class Stats(NamedTuple):
 
 
 class Saved(NamedTuple):
-    xhat: Shaped[Array, "N C *S"]
+    x: Shaped[Array, "N C *S"]
     inverse_std: Shaped[Array, "C"]
     params: Params | None
     stats: Stats  # the batch's own when training, the given ones otherwise
@@ -66,40 +68,59 @@ def forward(
     x: Shaped[Array, "N C *S"], params: Params | None = None, *, stats: Stats | None = None, eps: float = 1e-5
 ) -> tuple[Shaped[Array, "N C *S"], Saved]:
     expect(eps >= 0, "batch_norm.forward: eps", eps, "a number that is not negative")
-    training, axes = stats is None, (0, *range(2, x.ndim))
+    training = stats is None
     if training:
-        n = math.prod(x.shape[i] for i in axes)
+        n = x.size // max(x.shape[1], 1)
         expect(n > 1, "batch_norm.forward: x.shape", x.shape, "more than one value per channel when training")
-        mean = x.mean(axis=axes)
-        centred = x - _channels(mean, x)
-        stats = Stats(mean, (centred * centred).mean(axis=axes))
-    else:
-        centred = x - _channels(stats.mean, x)
+        stats = Stats(*by_channels(_moments, x))
     inverse_std = 1 / np.sqrt(stats.var + eps)
-    xhat = centred * _channels(inverse_std, x)
-    y = xhat if params is None else xhat * _channels(params.gamma, x) + _channels(params.beta, x)
-    return y, Saved(xhat, inverse_std, params, stats, training)
+    scale = inverse_std if params is None else inverse_std * params.gamma
+    shift = np.zeros_like(scale) if params is None else params.beta
+    (y,) = by_channels(_normalise, x, stats.mean, scale, shift)
+    return y, Saved(x, inverse_std, params, stats, training)
 
 
 @shaped
 def backward(dy: Shaped[Array, "N C *S"], saved: Saved) -> tuple[Shaped[Array, "N C *S"], Params | None]:
-    xhat, inverse_std, params, _, training = saved
-    axes = (0, *range(2, dy.ndim))
+    x, inverse_std, params, stats, training = saved
+    scale = inverse_std if params is None else inverse_std * params.gamma
+    pull_back = functools.partial(_pull_back, training)
+    dx, dgamma, dbeta = by_channels(pull_back, dy, x, stats.mean, inverse_std, scale)
+    return dx, None if params is None else Params(dgamma, dbeta)
+
+
+def _moments(x):
+    axes = _all_but_channels(x)
+    mean = x.mean(axis=axes)
+    centred = x - _channels(mean, x)
+    return mean, (centred * centred).mean(axis=axes)
+
+
+def _normalise(x, mean, scale, shift):
+    return ((x - _channels(mean, x)) * _channels(scale, x) + _channels(shift, x),)
+
+
+def _pull_back(training, dy, x, mean, inverse_std, scale):
+    axes = _all_but_channels(dy)
+    xhat = (x - _channels(mean, x)) * _channels(inverse_std, x)
     dgamma, dbeta = (dy * xhat).sum(axis=axes), dy.sum(axis=axes)
     dx = dy
     if training:
         n = math.prod(dy.shape[i] for i in axes)
         dx = dy - _channels(dbeta / n, dy) - xhat * _channels(dgamma / n, dy)
-    dx = dx * _channels(inverse_std if params is None else params.gamma * inverse_std, dy)
-    return dx, None if params is None else Params(dgamma, dbeta)
+    return dx * _channels(scale, dy), dgamma, dbeta
 
 
 def running(before, saved, *, momentum=0.1, unbiased=True):
     """Stats after one batch: (1 - momentum) before + momentum batch (torch's momentum; Keras' is 1 - momentum)."""
-    n = saved.xhat.size // saved.xhat.shape[1]
+    n = saved.x.size // saved.x.shape[1]
     mean, var = saved.stats
     var = var * (n / (n - 1)) if unbiased else var
     return Stats((1 - momentum) * before.mean + momentum * mean, (1 - momentum) * before.var + momentum * var)
+
+
+def _all_but_channels(x):
+    return (0, *range(2, x.ndim))
 
 
 def _channels(values, like):

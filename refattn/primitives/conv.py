@@ -28,7 +28,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refattn.blocks import by_channels
 from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.windows import Windows, inside, pad, padded_space, taps, windows
 
 
 class Params(NamedTuple):
@@ -36,17 +38,11 @@ class Params(NamedTuple):
     bias: Shaped[Array, "O"] | None = None
 
 
-class Geometry(NamedTuple):
-    stride: tuple
-    padding: tuple
-    dilation: tuple
-    groups: int
-
-
 class Saved(NamedTuple):
     x: Shaped[Array, "N C *S"]
     params: Params
-    geometry: Geometry
+    windows: Windows
+    groups: int
 
 
 def init(rng, inputs, outputs, kernel, groups=1, bias=True):
@@ -65,101 +61,75 @@ def forward(
     dilation: int | tuple = 1,
     groups: int = 1,
 ) -> tuple[Shaped[Array, "N O *T"], Saved]:
-    geometry = _geometry(x, params, stride, padding, dilation, groups)
-    weight, columns = _rows(params.weight, groups), _columns(x, params.weight, geometry)
-    y = (weight @ columns).reshape(x.shape[0], params.weight.shape[0], *_output_space(x, params.weight, geometry))
+    _check(x, params.weight, groups)
+    w = windows("conv.forward", x.shape[2:], params.weight.shape[2:], stride, padding, dilation)
+
+    def convolve(x, weight):
+        return (weight @ _columns(x, w),)
+
+    (y,) = by_channels(convolve, _split(x, groups), _rows(params.weight, groups))
+    y = y.reshape(x.shape[0], params.weight.shape[0], *w.output)
     if params.bias is not None:
-        y = y + params.bias.reshape(-1, *(1,) * (x.ndim - 2))
-    return y, Saved(x, params, geometry)
+        y += params.bias.reshape(-1, *(1,) * len(w.output))
+    return y, Saved(x, params, w, groups)
 
 
 @shaped
 def backward(dy: Shaped[Array, "N O *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"], Params]:
-    x, params, geometry = saved
-    weight, groups = params.weight, geometry.groups
-    dy_flat = dy.reshape(dy.shape[0], groups, weight.shape[0] // groups, math.prod(dy.shape[2:]))
-    columns = _columns(x, weight, geometry)
-    dweight = (dy_flat @ columns.swapaxes(2, 3)).sum(axis=0).reshape(weight.shape)
-    dx = _add_columns(_rows(weight, groups).swapaxes(1, 2) @ dy_flat, x, weight, geometry)
+    x, params, w, groups = saved
+
+    def pull_back(dy, x, weight):
+        dy = dy.reshape(*dy.shape[:3], math.prod(w.output))
+        dweight = (dy @ _columns(x, w).swapaxes(2, 3)).sum(axis=0, keepdims=True)
+        return _add_columns(weight.swapaxes(2, 3) @ dy, x.shape, w), dweight
+
+    dx, dweight = by_channels(pull_back, _split(dy, groups), _split(x, groups), _rows(params.weight, groups))
     dbias = None if params.bias is None else dy.sum(axis=(0, *range(2, dy.ndim)))
-    return dx, Params(dweight, dbias)
+    return dx.reshape(x.shape), Params(dweight.reshape(params.weight.shape), dbias)
+
+
+def _split(x, groups):
+    """(N, C, *S) as (N, groups, C / groups, *S)."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def _rows(weight, groups):
-    """(O, I, *K) as one matrix per group, (groups, O / groups, I K)."""
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+    """(O, I, *K) as one matrix per group, (1, groups, O / groups, I K)."""
+    return weight.reshape(1, groups, weight.shape[0] // groups, math.prod(weight.shape[1:]))
 
 
-def _columns(x, weight, geometry):
-    """im2col: (N, groups, I K, T)."""
-    (n, c), space, kernel = x.shape[:2], _output_space(x, weight, geometry), weight.shape[2:]
-    windows = _windows(_pad(x, geometry), kernel, space, geometry)
-    return windows.reshape(n, geometry.groups, c // geometry.groups * math.prod(kernel), math.prod(space))
+def _columns(x, w):
+    """im2col: from (N, groups, I, *S) to (N, groups, I K, T)."""
+    columns = x
+    if not w.pointwise:
+        padded = pad(x, w)
+        columns = np.empty((*x.shape[:3], math.prod(w.kernel), *w.output), x.dtype)
+        for k, tap in enumerate(taps(w)):
+            columns[:, :, :, k] = padded[tap]
+    return columns.reshape(*x.shape[:2], x.shape[2] * math.prod(w.kernel), math.prod(w.output))
 
 
-def _add_columns(columns, x, weight, geometry):
-    """col2im: every entry of the columns, added to the pixel it was copied from."""
-    kernel, space = weight.shape[2:], _output_space(x, weight, geometry)
-    padded = np.zeros((*x.shape[:2], *(s + 2 * p for s, p in zip(x.shape[2:], geometry.padding))), columns.dtype)
-    columns = columns.reshape(*x.shape[:2], *kernel, *space)
-    for k in np.ndindex(*kernel):
-        where = tuple(
-            slice(d * i, d * i + s * (t - 1) + 1, s) for i, d, s, t in zip(k, geometry.dilation, geometry.stride, space)
-        )
-        padded[(..., *where)] += columns[(slice(None), slice(None), *k)]
-    inside = tuple(slice(p, p + s) for s, p in zip(x.shape[2:], geometry.padding))
-    return padded[(..., *inside)]
+def _add_columns(columns, shape, w):
+    """col2im: from (N, groups, I K, T) to (N, groups, I, *S), every entry added to the pixel it was copied from."""
+    if w.pointwise:
+        return columns.reshape(shape)
+    columns = columns.reshape(*shape[:3], math.prod(w.kernel), *w.output)
+    padded = np.zeros((*shape[:3], *padded_space(w)), columns.dtype)
+    for k, tap in enumerate(taps(w)):
+        padded[tap] += columns[:, :, :, k]
+    return padded[inside(w)]
 
 
-def _windows(x, kernel, space, geometry):
-    """A view of x, (N, C, *K, *T): the pixel that kernel position k sees from output position t."""
-    steps = x.strides[2:]
-    strides = (
-        *x.strides[:2],
-        *(d * step for d, step in zip(geometry.dilation, steps)),
-        *(s * step for s, step in zip(geometry.stride, steps)),
-    )
-    return np.lib.stride_tricks.as_strided(x, (*x.shape[:2], *kernel, *space), strides, writeable=False)
-
-
-def _pad(x, geometry):
-    return np.pad(x, ((0, 0), (0, 0), *((p, p) for p in geometry.padding))) if any(geometry.padding) else x
-
-
-def _output_space(x, weight, geometry):
-    return tuple(
-        (s + 2 * p - d * (k - 1) - 1) // step + 1
-        for s, k, step, p, d in zip(x.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation)
-    )
-
-
-def _geometry(x, params, stride, padding, dilation, groups):
-    axes, (outputs, per_group, *kernel) = x.ndim - 2, params.weight.shape
+def _check(x, weight, groups):
+    axes, (outputs, per_group, *kernel) = x.ndim - 2, weight.shape
     where = "conv.forward:"
-    expect(len(kernel) == axes, f"{where} params.weight.shape", params.weight.shape, f"{axes} kernel axes, as x has")
+    expect(len(kernel) == axes, f"{where} params.weight.shape", weight.shape, f"{axes} kernel axes, as x has")
     expect(isinstance(groups, int) and groups > 0, f"{where} groups", groups, "a positive int")
     expect(outputs % groups == 0, f"{where} groups", groups, f"a divisor of O = {outputs}, from params.weight")
     expect(
         per_group * groups == x.shape[1],
-        *(f"{where} params.weight.shape", params.weight.shape),
-        f"I = C / groups = {x.shape[1]} / {groups}, C from x",
+        *(f"{where} params.weight.shape", weight.shape, f"I = C / groups = {x.shape[1]} / {groups}, C from x"),
     )
-    geometry = Geometry(
-        _per_axis(f"{where} stride", stride, axes, 1),
-        _per_axis(f"{where} padding", padding, axes, 0),
-        _per_axis(f"{where} dilation", dilation, axes, 1),
-        groups,
-    )
-    space = _output_space(x, params.weight, geometry)
-    expect(all(t > 0 for t in space), f"{where} x.shape", x.shape, f"space that the kernel {(*kernel,)} fits into")
-    return geometry
-
-
-def _per_axis(what, value, axes, least):
-    values = value if isinstance(value, tuple) else (value,) * axes
-    fits = len(values) == axes and all(isinstance(v, (int, np.integer)) and v >= least for v in values)
-    expect(fits, what, value, f"an int of at least {least}, or {axes} of them")
-    return values
 
 
 def example(draw):
