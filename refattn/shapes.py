@@ -111,15 +111,15 @@ class _Unifier:
         self.precision = None  # (dtype, the argument that fixed it)
 
     def unify(self, name, value, hint, rename=None):
-        options = get_args(hint) if get_origin(hint) not in (tuple, Shaped) else ()
-        alternatives = [h for h in options or (hint,) if _carries_shape(h)]
-        if not alternatives or (value is None and type(None) in options):
+        hint, optional = _without_none(hint)
+        if hint is None or (value is None and optional):
             return
-        hint = alternatives[0]
-        if get_origin(hint) is Shaped and get_args(hint)[0] not in KINDS:  # Shaped[other.Params, "I=C"]
-            hint, ties = hint.__origin__, hint.__metadata__[0]
-            ours, outer = dict(tie.split("=") for tie in ties.split()), rename or (lambda letter: letter)
-            self._fields(name, value, hint, lambda letter: outer(ours[letter]) if letter in ours else (name, letter))
+        kind, axes = get_args(hint) if get_origin(hint) is Shaped else (None, "")
+        if kind in KINDS:
+            self._array(name, value, kind, axes.split(), rename or (lambda letter: letter))
+        elif kind is not None:  # Shaped[other.Params, "I=C"]
+            ours, outer = dict(tie.split("=") for tie in axes.split()), rename or (lambda letter: letter)
+            self._fields(name, value, kind, lambda letter: outer(ours[letter]) if letter in ours else (name, letter))
         elif hasattr(hint, "_fields"):
             foreign = hint.__module__ != self.module
             self._fields(name, value, hint, (lambda letter: (name, letter)) if foreign else rename)
@@ -130,20 +130,18 @@ class _Unifier:
                 raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected a tuple of {many}")
             for i, item in enumerate(value):
                 self.unify(f"{name}[{i}]", item, inner[0] if inner[-1] is ... else inner[i], rename)
-        else:
-            self._array(name, value, get_args(hint)[0], hint.__metadata__[0].split(), rename or (lambda letter: letter))
 
     def _fields(self, name, value, hint, rename):
         if getattr(value, "_fields", None) != hint._fields:
             wanted = f"{_owner(hint)}({', '.join(hint._fields)})"
             raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected {wanted}")
-        for field, inner in get_type_hints(hint, include_extras=True).items():
+        for field, inner in _hints_of(hint).items():
             self.unify(f"{name}.{field}", getattr(value, field), inner, rename)
 
     def _array(self, name, value, kind, axes, rename):
         letters, description = KINDS[kind]
-        wanted = f"an array of {description} of shape {_spell(axes)}"
         if not isinstance(value, (np.ndarray, np.generic)) or isinstance(value, (np.ma.MaskedArray, np.matrix)):
+            wanted = f"an array of {description} of shape {_spell(axes)}"
             raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected {wanted}")
         if value.dtype.kind not in letters:
             raise DtypeError(f"{self.where}: {name} has dtype {value.dtype}, expected {description}")
@@ -171,6 +169,18 @@ class _Unifier:
             facts = [f"{a.lstrip('*')} = {length} from {by}" for a, (length, by) in facts.items() if by != name]
             story = f"{self.where}: {name} has shape {flat}, expected {_spell(axes)}"
             raise ShapeError("; ".join([story, *([", ".join(facts)] if facts else [])]))
+
+
+@functools.cache
+def _hints_of(named_tuple):
+    return get_type_hints(named_tuple, include_extras=True)
+
+
+@functools.cache
+def _without_none(hint):
+    """The part of a hint that speaks of shapes, None if there is none; and whether None may stand in its place."""
+    options = get_args(hint) if get_origin(hint) not in (tuple, Shaped) else ()
+    return next(filter(_carries_shape, options or (hint,)), None), type(None) in options
 
 
 @functools.cache
