@@ -1,4 +1,4 @@
-r"""Adaptive average pooling: to a given size, whatever the size of the input.
+r"""Adaptive average pooling, to a given size.
 
 Shapes
     N items, C channels, *S space in, *T space out.

@@ -1,6 +1,20 @@
 """torch.nn primitives."""
 
-from refattn.primitives import batch_norm, conv, gru_cell, linear, lstm_cell, softmax
+from types import SimpleNamespace
+
+from refattn.elementwise import sigmoid
+from refattn.primitives import (
+    adaptive_average_pool,
+    batch_norm,
+    bilinear_resize,
+    conv,
+    gru_cell,
+    linear,
+    log_softmax,
+    lstm_cell,
+    max_pool,
+    softmax,
+)
 from tests.golden import Case
 from tests.golden.rnn import cell_params
 
@@ -13,6 +27,16 @@ def _out(get):
     return get("out.y")
 
 
+def _x(get):
+    return (get("in.x"),)
+
+
+def _options(record, **names):
+    """What the constructor was given, under our names: _options(record, kernel="kernel_size")."""
+    given = {ours: record.ctor[theirs] for ours, theirs in names.items() if theirs in record.ctor}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
 def _linear(record):
     def args(get):
         return get("in.x"), linear.Params(get("param.weight"), get("param.bias", optional=True))
@@ -21,12 +45,10 @@ def _linear(record):
 
 
 def _conv(record):
-    options = {key: record.ctor[key] for key in ("stride", "padding", "dilation", "groups") if key in record.ctor}
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-
     def args(get):
         return get("in.x"), conv.Params(get("param.weight"), get("param.bias", optional=True))
 
+    options = _options(record, stride="stride", padding="padding", dilation="dilation", groups="groups")
     return Case(conv, args, _out, options)
 
 
@@ -53,8 +75,37 @@ def _batchnorm(record):
 _batchnorm1d = _batchnorm2d = _batchnorm
 
 
+def _maxpool(record):
+    options = _options(record, kernel="kernel_size", stride="stride", padding="padding", dilation="dilation")
+    return Case(max_pool, _x, _out, options)
+
+
+_maxpool2d = _maxpool3d = _maxpool
+
+
+def _global(record):
+    return Case(adaptive_average_pool, _x, _out, _options(record, size="output_size"))
+
+
+def _upsample(record):
+    size = tuple(length * record.ctor["scale_factor"] for length in record["in.x"].shape[2:])
+    return Case(bilinear_resize, _x, _out, {"size": size, "align_corners": record.ctor["align_corners"]})
+
+
 def _softmax(record):
-    return Case(softmax, lambda get: (get("in.x"),), _out, {"axis": record.ctor["dim"]})
+    return Case(softmax, _x, _out, _options(record, axis="dim"))
+
+
+def _logsoftmax(record):
+    return Case(log_softmax, _x, _out, _options(record, axis="dim"))
+
+
+def _sigmoid(record):
+    def forward(x):
+        s = sigmoid(x)
+        return s, s
+
+    return Case(SimpleNamespace(forward=forward, backward=lambda ds, s: (ds * s * (1 - s),)), _x, _out)
 
 
 def _grucell(record):
