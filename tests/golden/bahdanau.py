@@ -123,7 +123,9 @@ def _backward_without_c(dout, saved):
     return attention_wrapper.backward(dout._replace(state=recurrent.State(h, np.zeros_like(h))), saved)
 
 
-_WITHOUT_C = SimpleNamespace(forward=_forward_without_c, backward=_backward_without_c)  # the recordings kept the last h
+_WITHOUT_C = SimpleNamespace(  # the recordings have h of the last state, but not c
+    forward=_forward_without_c, backward=_backward_without_c, __name__=attention_wrapper.__name__
+)
 
 
 # --- the PyTorch tutorial -------------------------------------------------------------------------------------
