@@ -60,7 +60,7 @@ class Saved(NamedTuple):
 
 
 def init(rng, inputs, memory, hidden, attention, *, attentional=None, cell="gru", layers=1):
-    """As the parts' own init; `attention` is made by additive.init or multiplicative.init; attentional=None: no layer."""
+    """As the parts' own init; `attention` from additive.init or multiplicative.init; attentional=None: no layer."""
     cells = recurrent.init(rng, inputs + (attentional or memory), hidden, cell=cell, layers=layers)
     layer = None if attentional is None else linear.init(rng, hidden + memory, attentional, bias=False)
     return Params(cells, attention, layer)
