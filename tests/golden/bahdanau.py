@@ -70,10 +70,10 @@ def _tfa_attn(record):
     def out(get):
         return additive.Out(get("out.context")[:, None], get("out.alignments")[:, None])
 
-    return Case(additive, args, out, _tfa_options(record))
+    return Case(additive, args, out, tfa_options(record))
 
 
-def _tfa_options(record):
+def tfa_options(record):
     steps = record["in.memory"].shape[1]
     return {"mask": _mask(record["in.lengths"], steps)} if "in.lengths" in record else {}
 
@@ -98,7 +98,7 @@ def tfa_wrapper(record, attention):
         names = "out.outputs", "out.alignments", "out.last_attention"
         return attention_wrapper.Out(*map(get, names), recurrent.State(get("out.last_h")[:, None]))
 
-    return Case(_WITHOUT_C if lstm else attention_wrapper, args, out, _tfa_options(record) | {"output": output})
+    return Case(_WITHOUT_C if lstm else attention_wrapper, args, out, tfa_options(record) | {"output": output})
 
 
 def keras_cell(get, kind, prefix=""):

@@ -13,6 +13,7 @@ from refattn.attention.temporal import (
 )
 from refattn.primitives import linear, lstm_cell, recurrent
 from tests.golden import Case
+from tests.golden.bahdanau import tfa_options, tfa_wrapper
 from tests.golden.rnn import cell_params
 
 
@@ -82,7 +83,8 @@ def _centres(saved, lengths):
     attended = [attended for _, attended, _ in saved.decoded.steps]
     if attended[0].predicted is None:
         return np.minimum(np.arange(len(attended)), lengths[:, None] - 1)
-    return np.concatenate([np.floor(-a.predicted.offset[:, :, 0]).astype(int) for a in attended], axis=1)  # s - p, s = 0
+    p = np.concatenate([-a.predicted.offset[:, :, 0] for a in attended], axis=1)  # the offset is s - p; here s = 0
+    return np.floor(p).astype(int)
 
 
 # --- PyTorch's tutorial: time first -------------------------------------------------------------------------
@@ -141,26 +143,20 @@ def _chatbot_encoder_decoder(record):
 
 
 def _tfa(record, kind):
-    return (_tfa_attention if kind == "attn" else _tfa_wrapper)(record)
+    return _tfa_attention(record) if kind == "attn" else tfa_wrapper(record, _tfa_params)
 
 
 def _tfa_attention(record):
     def args(get):
-        return get("in.query")[:, None], get("in.memory"), tfa_params(get)
+        return get("in.query")[:, None], get("in.memory"), _tfa_params(get)
 
     def out(get):
         return multiplicative.Out(get("out.context")[:, None], get("out.alignments")[:, None])
 
-    return Case(multiplicative, args, out, {"mask": _tfa_mask(record)})
+    return Case(multiplicative, args, out, tfa_options(record))
 
 
-def tfa_params(get, prefix=""):
-    """LuongAttention: a score general, times a scale where there is one."""
+def _tfa_params(get, prefix=""):
+    """score="general", times a scale where there is one."""
     kernel, scale = get(f"param.{prefix}memory_layer/kernel"), get(f"param.{prefix}attention_g", optional=True)
     return multiplicative.Params(kernel.T, scale=scale)
-
-
-def _tfa_mask(record):
-    if "in.lengths" not in record:
-        return None
-    return np.arange(record["in.memory"].shape[1]) < record["in.lengths"][:, None]
