@@ -1,0 +1,162 @@
+r"""The channel branch of BAM.
+
+Add to every channel itself, scaled by a gate computed from the means of all channels.
+
+Paper: Park, Woo, Lee and Kweon, "BAM: Bottleneck Attention Module", BMVC 2018 (arXiv:1807.06514), section 3.1,
+channel attention branch.
+
+Shapes
+    N images, C channels, H by W pixels, M = C / reduction hidden units; l counts the hidden layers.
+
+Forward
+    z_nc   = mean of x_ncij over the pixels of a window
+    u_l    = batch_norm(W_l h_{l-1} + b_l),   h_l = max(u_l, 0)             h_0 = z
+    e_nc   = W h_last + b                     the logits
+    g_nc   = sigmoid(e)
+    y_ncij = x_ncij (1 + g_nc)
+
+Backward, with a bar for "gradient of the loss with respect to"
+    gbar_nc   = sum_ij ybar_ncij x_ncij
+    ebar      = gbar g (1 - g)
+    hbar_last = ebar W
+    ubar_l    = hbar_l [h_l > 0],   hbar_{l-1} = (batch normalisation's gradient of ubar_l) W_l
+    xbar_ncij = ybar_ncij (1 + g_nc), and zbar_nc / (size of the window) inside the window
+
+Choices
+    BAM needs only the logits of its two branches: `logits` and `logits_backward`. `forward` is one branch alone.
+    The authors' code averages over a square window of H by H pixels, pool="square": all pixels where H = W, the first H
+    columns where H < W < 2H, and an error elsewhere. pool="global" averages over all pixels, as the paper says.
+    The paper has one batch normalisation, after the last layer; the authors' code one in every hidden layer, as here.
+    stats=None is training, which needs N > 1; given Stats are inference.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from refattn.core import About, Array, Call, Shaped, expect, shaped, tree_map
+from refattn.elementwise import relu, sigmoid
+from refattn.primitives import batch_norm, linear
+
+
+class Layer(NamedTuple):
+    linear: linear.Params
+    norm: batch_norm.Params
+
+
+class Params(NamedTuple):
+    hidden: tuple[Layer, ...]
+    final: Shaped[linear.Params, "O=C"]
+
+
+class Stats(NamedTuple):
+    hidden: tuple[batch_norm.Stats, ...]
+
+
+class SavedLayer(NamedTuple):
+    linear: linear.Saved
+    norm: batch_norm.Saved
+    h: Shaped[Array, "N M"]
+
+
+class SavedLogits(NamedTuple):
+    window: tuple  # shape of x, rows, columns
+    hidden: tuple
+    final: linear.Saved
+
+
+class Saved(NamedTuple):
+    x: Shaped[Array, "N C H W"]
+    gate: Shaped[Array, "N C"]
+    logits: SavedLogits
+
+
+def init(rng, channels, reduction=16, layers=1):
+    """Each part as its own file starts it."""
+    widths = [channels, *[max(channels // reduction, 1)] * layers]
+    hidden = (Layer(linear.init(rng, i, o), batch_norm.init(rng, o)) for i, o in pairwise(widths))
+    return Params(tuple(hidden), linear.init(rng, widths[-1], channels))
+
+
+@shaped
+def logits(
+    x: Shaped[Array, "N C H W"], params: Params, *, pool: str = "square", stats: Stats | None = None
+) -> tuple[Shaped[Array, "N C"], SavedLogits]:
+    layers = len(params.hidden)
+    every = (None,) * layers if stats is None else stats.hidden
+    expect(len(every) == layers, "bam_channel.forward: stats", stats, f"{layers} of batch_norm.Stats, one per layer")
+    rows, columns = _window(x, pool)
+    z = x[:, :, :rows, :columns].mean(axis=(2, 3))
+    h, hidden = z, []
+    for layer, layer_stats in zip(params.hidden, every):
+        a, mapped = linear.forward(h, layer.linear)
+        u, normed = batch_norm.forward(a, layer.norm, stats=layer_stats)
+        h = relu(u)
+        hidden.append(SavedLayer(mapped, normed, h))
+    e, final = linear.forward(h, params.final)
+    return e, SavedLogits((x.shape, rows, columns), tuple(hidden), final)
+
+
+@shaped
+def logits_backward(de: Shaped[Array, "N C"], saved: SavedLogits) -> tuple[Shaped[Array, "N C H W"], Params]:
+    (shape, rows, columns), hidden, final = saved
+    dh, dfinal = linear.backward(de, final)
+    dhidden = []
+    for layer in reversed(hidden):
+        du = dh * (layer.h.real > 0)
+        da, dnorm = batch_norm.backward(du, layer.norm)
+        dh, dlinear = linear.backward(da, layer.linear)
+        dhidden.append(Layer(dlinear, dnorm))
+    dx = np.zeros(shape, dh.dtype)
+    dx[:, :, :rows, :columns] = dh[:, :, None, None] / (rows * columns)
+    return dx, Params(tuple(reversed(dhidden)), dfinal)
+
+
+@shaped
+def forward(
+    x: Shaped[Array, "N C H W"], params: Params, *, pool: str = "square", stats: Stats | None = None
+) -> tuple[Shaped[Array, "N C H W"], Saved]:
+    e, saved = logits(x, params, pool=pool, stats=stats)
+    gate = sigmoid(e)
+    return x * (1 + gate[:, :, None, None]), Saved(x, gate, saved)
+
+
+@shaped
+def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, "N C H W"], Params]:
+    x, gate, inner = saved
+    dgate = (dy * x).sum(axis=(2, 3))
+    de = dgate * gate * (1 - gate)
+    dx, dparams = logits_backward(de, inner)
+    return dy * (1 + gate[:, :, None, None]) + dx, dparams
+
+
+def _window(x, pool):
+    height, width = x.shape[2:]
+    expect(pool in ("square", "global"), "bam_channel.forward: pool", pool, "'square' or 'global'")
+    fits = pool == "global" or height <= width < 2 * height
+    expect(fits, "bam_channel.forward: x.shape", x.shape, "H <= W < 2 H with pool='square'; or pool='global'")
+    return height, width if pool == "global" else height
+
+
+def example(draw):
+    height, pool = draw.size("H", high=3), draw.choice("pool", "square", "global")
+    width = draw.size("W", *((1, 3) if pool == "global" else (height, 2 * height - 1)))
+    channels, training = draw.size("C", low=2), draw.choice("training", True, False, False)
+    n = draw.size("N", low=3 if training else 1)
+    params = init(draw.rng, channels, draw.choice("reduction", 1, 2), draw.choice("layers", 1, 2, 0))
+    x, params = _about(draw, (draw.rng.normal(size=(n, channels, height, width)), params))
+    return Call((x, params), {"pool": pool, "stats": None if training else _example_stats(draw, params)})
+
+
+def _about(draw, tree):
+    """Arrays about those given: far from a batch without variance, in which batch normalisation is near singular."""
+    return tree_map(np.add, tree, draw.like(tree))
+
+
+def _example_stats(draw, params):
+    hidden = draw.like(tuple(batch_norm.init_stats(len(layer.norm.beta)) for layer in params.hidden))
+    return Stats(tuple(batch_norm.Stats(mean, var * var + 0.5) for mean, var in hidden))
+
+
+ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))
