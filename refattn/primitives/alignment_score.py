@@ -13,14 +13,15 @@ Forward
     concat_matlab  u_ts = v . tanh(W h_t + b + m_s)      I = K, J = Q
     e_ts = g u_ts
 
-Backward, with a bar for "gradient of the loss with respect to"; every line sums over the letters on its right only
-    gbar = ebar u,   ubar = g ebar
-    dot, general: with W = 1 and b = 0 for dot
-        hbar_t = sum_s ubar_ts (W m_s + b),   mbar_s = sum_t ubar_ts (W' h_t)
-        Wbar   = sum_ts ubar_ts h_t m_s',     bbar   = sum_ts ubar_ts h_t
-    concat, concat_matlab: with a_ts the argument of tanh
-        vbar   = sum_ts ubar_ts tanh(a_ts),   abar_ts = ubar_ts v (1 - tanh(a_ts)^2),   bbar = sum_ts abar_ts
-        from h_t: sum_s abar_ts, and from m_s: sum_t abar_ts, each through its columns of W
+Backward, with a bar for "gradient of the loss with respect to"; each sum is over the letters that go away
+    gbar = sum ebar_ts u_ts,   ubar_ts = g ebar_ts
+    dot, general: k_s is what h_t is multiplied with
+        hbar_t = sum ubar_ts k_s,   kbar_s = sum ubar_ts h_t,   and mbar = kbar or through W
+    concat, concat_matlab: a_ts is what tanh sees, y_ts = tanh(a_ts)
+        vbar = sum ubar_ts y_ts,    abar_ts = ubar_ts v (1 - y_ts^2)
+        concat:         [hbar; mbar]_ts = W' abar_ts,   then hbar_t = sum over s, mbar_s = sum over t
+        concat_matlab:  hbar_t = W' sum abar_ts,   mbar_s = sum abar_ts
+    Wbar, bbar as in linear
 
 Choices
     b and g are not in the paper: b=None leaves b out (the PyTorch chatbot tutorial has it), scale=None leaves g out
@@ -34,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.primitives import linear
 
 
 class Params(NamedTuple):
@@ -45,9 +47,10 @@ class Params(NamedTuple):
 
 class Saved(NamedTuple):
     query: Shaped[Array, "N T Q"]
-    memory: Shaped[Array, "N S K"]
-    hidden: Shaped[Array, "N T S I"] | None  # tanh(a), of the two concats
+    key: Shaped[Array, "N S Q"] | None  # of dot and general: m, or W m + b
+    hidden: Shaped[Array, "N T S I"] | None  # of the two concats: tanh(...)
     u: Shaped[Array, "N T S"]
+    mapped: linear.Saved | None
     params: Params
     score: str
 
@@ -57,6 +60,7 @@ SCORES = ("dot", "general", "concat", "concat_matlab")
 
 def init(rng, query, memory, *, score="general", hidden=None, bias=False, scale=False):
     """Normal weights of variance 1 / columns, v of variance 1 / rows, zero bias, scale 1."""
+    expect(score in SCORES, "alignment_score.init: score", score, f"one of {SCORES}")
     shape = {"dot": None, "general": (query, memory), "concat": (hidden or query, query + memory)}
     shape = (shape | {"concat_matlab": (memory, query)})[score]
     return Params(
@@ -72,60 +76,52 @@ def forward(
     query: Shaped[Array, "N T Q"], memory: Shaped[Array, "N S K"], params: Params, *, score: str = "general"
 ) -> tuple[Shaped[Array, "N T S"], Saved]:
     _check(query, memory, params, score)
-    weight, bias, v, scale = params
-    hidden = None
+    w, key, hidden, mapped = linear.Params(params.weight, params.bias), None, None, None
     if score in ("dot", "general"):
-        u = (query if weight is None else query @ weight) @ memory.swapaxes(1, 2)
-        if bias is not None:
-            u = u + (query @ bias)[:, :, None]
+        key, mapped = (memory, None) if score == "dot" else linear.forward(memory, w)
+        u = query @ key.swapaxes(1, 2)
     else:
-        of_query, of_memory = _columns(weight, query, score)
-        a = (query @ of_query.T)[:, :, None] + (memory if of_memory is None else memory @ of_memory.T)[:, None]
-        hidden = np.tanh(a if bias is None else a + bias)
-        u = hidden @ v
-    return (u if scale is None else scale * u), Saved(query, memory, hidden, u, params, score)
+        if score == "concat":
+            a, mapped = linear.forward(_pairs(query, memory), w)
+        else:
+            of_query, mapped = linear.forward(query, w)
+            a = of_query[:, :, None] + memory[:, None]
+        hidden = np.tanh(a)
+        u = hidden @ params.v
+    e = u if params.scale is None else params.scale * u
+    return e, Saved(query, key, hidden, u, mapped, params, score)
 
 
 @shaped
 def backward(
     de: Shaped[Array, "N T S"], saved: Saved
 ) -> tuple[Shaped[Array, "N T Q"], Shaped[Array, "N S K"], Params]:
-    query, memory, hidden, u, (weight, bias, v, scale), score = saved
+    query, key, hidden, u, mapped, (_, _, v, scale), score = saved
     dscale = None if scale is None else (de * u).sum()
     du = de if scale is None else scale * de
-    dweight = dbias = dv = None
+    dw, dv = linear.Params(None, None), None
     if score in ("dot", "general"):
-        dprojected = du @ memory  # of h_t W
-        dmemory = du.swapaxes(1, 2) @ (query if weight is None else query @ weight)
-        dquery = dprojected if weight is None else dprojected @ weight.T
-        if weight is not None:
-            dweight = _over_rows(query, dprojected)
-        if bias is not None:
-            dquery = dquery + du.sum(axis=2)[:, :, None] * bias
-            dbias = (du.sum(axis=2)[:, :, None] * query).sum(axis=(0, 1))
+        dquery, dmemory = du @ key, du.swapaxes(1, 2) @ query
+        if score == "general":
+            dmemory, dw = linear.backward(dmemory, mapped)
     else:
-        of_query, of_memory = _columns(weight, query, score)
         dv = (du[..., None] * hidden).sum(axis=(0, 1, 2))
         da = du[..., None] * v * (1 - hidden * hidden)
-        da_query, da_memory = da.sum(axis=2), da.sum(axis=1)
-        dquery, dmemory = da_query @ of_query, da_memory
-        dweight = _over_rows(da_query, query)
-        if of_memory is not None:
-            dmemory = da_memory @ of_memory
-            dweight = np.concatenate([dweight, _over_rows(da_memory, memory)], axis=1)
-        dbias = None if bias is None else da.sum(axis=(0, 1, 2))
-    return dquery, dmemory, Params(dweight, dbias, dv, dscale)
+        if score == "concat":
+            dpairs, dw = linear.backward(da, mapped)
+            dquery, dmemory = np.split(dpairs, [query.shape[2]], axis=3)
+            dquery, dmemory = dquery.sum(axis=2), dmemory.sum(axis=1)
+        else:
+            dmemory = da.sum(axis=1)
+            dquery, dw = linear.backward(da.sum(axis=2), mapped)
+    return dquery, dmemory, Params(*dw, dv, dscale)
 
 
-def _columns(weight, query, score):
-    """The columns of W that meet the decoder state, and those that meet the encoder state."""
-    q = query.shape[2]
-    return (weight[:, :q], weight[:, q:]) if score == "concat" else (weight, None)
-
-
-def _over_rows(a, b):
-    """The sum of the outer products of the rows of a and b."""
-    return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
+def _pairs(query, memory):
+    """[h_t; m_s] for all t and s, (N, T, S, Q + K)."""
+    of_query = np.repeat(query[:, :, None], memory.shape[1], axis=2)
+    of_memory = np.repeat(memory[:, None], query.shape[1], axis=1)
+    return np.concatenate([of_query, of_memory], axis=3)
 
 
 def _check(query, memory, params, score):

@@ -32,6 +32,7 @@ Choices
     The authors' code counts positions from 1 and predicts (len - 1) sigmoid(...) + 1, where len counts the
     end-of-sentence symbol, which is not attended to: counted from 0, with L = len - 1, that is p_nt. lengths=None is S.
     The paper's local-m has the centre t; the authors' code stops it at the last position, and so does this one.
+    The window of local-p is around floor(p), as in the authors' code; the paper says [p - D, p + D].
     The authors keep 2D + 1 weights per decoder state; here they stand at their position in the sentence, zeros around.
     `start` is the position of the first decoder state, for those who decode step by step.
 """
@@ -120,8 +121,8 @@ def forward(
 
     allowed = (np.abs(sites - centre[:, :, None]) <= window) & (sites < lengths[:, None, None])
     if gaussian == "weights":
-        shares, normalised = softmax.forward(energy, mask=allowed)
-        weights = shares * kernel
+        unweighted, normalised = softmax.forward(energy, mask=allowed)
+        weights = unweighted * kernel
     else:
         weights, normalised = softmax.forward(energy * kernel, mask=allowed)
     saved = Saved(
