@@ -1,0 +1,322 @@
+"""How mechanisms reduce to one another, and to what everybody knows: outputs and gradients."""
+
+import numpy as np
+import pytest
+
+from refattn.attention.dot_product import multi_head, scaled_dot_product, transformer_encoder_layer
+from refattn.core import leaves, tree_map
+from refattn.elementwise import relu
+from refattn.oracle.derivatives import complex_step, inner
+from refattn.primitives import batch_norm, feed_forward, group_norm, layer_norm, linear, logsumexp, rms_norm, softmax
+
+
+@pytest.fixture(params=range(3), ids="seed{}".format)
+def rng(request):
+    return np.random.default_rng(request.param)
+
+
+def like(rng, tree):
+    """A tree of the same shapes, filled with normal numbers."""
+    return tree_map(lambda x: rng.normal(size=x.shape), tree)
+
+
+def run(mechanism, *args, dout=None, **options):
+    """The output and all gradients along dout: unrelated numbers if none is given."""
+    out, saved = mechanism.forward(*args, **options)
+    dout = np.cos(1.0 + np.arange(out.size)).reshape(out.shape) if dout is None else dout
+    return out, tuple(mechanism.backward(dout, saved))
+
+
+def same(one, other, tolerance=1e-12):
+    """Two trees agree, to `tolerance` of the largest entry of each leaf."""
+    for (path, a), (_, b) in zip(leaves(one), leaves(other), strict=True):
+        assert a.shape == b.shape, f"{path}: shapes {a.shape} and {b.shape}"
+        worst = np.abs(a - b).max(initial=0)
+        assert worst <= tolerance * max(1, np.abs(a).max(initial=0)), f"{path}: differs by {worst:.3g}"
+
+
+# --- normalisation ------------------------------------------------------------------------------------------
+
+
+def test_group_norm_of_one_group_is_layer_norm(rng):
+    x, gamma, beta = rng.normal(size=(2, 3, 4)), rng.normal(size=3), rng.normal(size=3)
+    y, (dx, dparams) = run(group_norm, x, group_norm.Params(gamma, beta), groups=1)
+    wide = layer_norm.Params(*(np.broadcast_to(p[:, None], (3, 4)) for p in (gamma, beta)))
+    z, (dz, dwide) = run(layer_norm, x, wide, axes=2)
+    same((y, dx, *dparams), (z, dz, *(d.sum(axis=1) for d in dwide)))
+
+
+def test_group_norm_of_single_channels_is_batch_norm_of_single_items(rng):
+    x = rng.normal(size=(1, 3, 4, 2))
+    same(run(group_norm, x, groups=3), run(batch_norm, x))
+
+
+def test_rms_norm_of_what_has_mean_0_is_layer_norm(rng):
+    x, gamma = rng.normal(size=(2, 3, 5)), rng.normal(size=5)
+    x -= x.mean(axis=-1, keepdims=True)
+    y, (_, dparams) = run(rms_norm, x, rms_norm.Params(gamma), eps=1e-5)
+    z, (_, dwide) = run(layer_norm, x, layer_norm.Params(gamma), eps=1e-5)
+    same((y, dparams.gamma), (z, dwide.gamma))
+
+
+def test_layer_norm_sees_neither_shift_nor_scale(rng):
+    x = rng.normal(size=(2, 3, 5))
+    y, (dx, _) = run(layer_norm, x, eps=0.0)
+    z, (dz, _) = run(layer_norm, 3 * x + 2, eps=0.0)
+    same((y, dx), (z, 3 * dz))
+    same((dx.sum(axis=-1), (dx * x).sum(axis=-1)), (np.zeros((2, 3)), np.zeros((2, 3))))
+
+
+# --- softmax and log-sum-exp --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_the_gradient_of_logsumexp_is_softmax(rng, keepdims):
+    s, mask = rng.normal(size=(3, 4, 2)), rng.random((3, 4, 2)) < 0.7
+    y, saved = logsumexp.forward(s, axis=1, keepdims=keepdims, mask=mask)
+    (ds,) = logsumexp.backward(np.ones_like(y), saved)
+    same(ds, softmax.forward(s, axis=1, mask=mask)[0])
+
+
+def test_logsumexp_of_nothing():
+    s = np.array([[-np.inf, -np.inf], [1.0, 2.0], [np.nan, np.inf], [3.0, -np.inf]])
+    mask = np.array([[True, True], [False, False], [False, False], [True, True]])
+    y, (ds,) = run(logsumexp, s, mask=mask)
+    assert (y[:3] == -np.inf).all() and y[3] == 3
+    assert (ds[:3] == 0).all() and ds[3, 0] != 0 and ds[3, 1] == 0
+
+
+def test_logsumexp_moves_with_its_scores(rng):
+    s = rng.normal(size=(3, 4))
+    same(logsumexp.forward(s + 700.0)[0], logsumexp.forward(s)[0] + 700.0)
+
+
+# --- scaled dot-product attention ---------------------------------------------------------------------------
+
+
+def qkv(rng, lead=(2,), queries=3, keys=4, features=5, values=2):
+    shapes = (queries, features), (keys, features), (keys, values)
+    return tuple(rng.normal(size=(*lead, *shape)) for shape in shapes)
+
+
+def test_every_key_twice(rng):
+    q, k, v = qkv(rng)
+    y, (dq, dk, dv) = run(scaled_dot_product, q, k, v)
+    twice, (dq2, dk2, dv2) = run(scaled_dot_product, q, *(np.concatenate((x, x), axis=1) for x in (k, v)))
+    same((y, dq, dk, dv), (twice, dq2, dk2[:, :4] + dk2[:, 4:], dv2[:, :4] + dv2[:, 4:]))
+
+
+def test_one_key(rng):
+    q, k, v = qkv(rng, keys=1)
+    y, (dq, dk, _) = run(scaled_dot_product, q, k, v)
+    same(y, np.broadcast_to(v, y.shape))
+    assert (dq == 0).all() and (dk == 0).all()
+
+
+def test_all_keys_equal(rng):
+    q, k, v = qkv(rng)
+    mask = rng.random((2, 3, 4)) < 0.7
+    mask[..., 0] = True
+    y, (dq, _, _) = run(scaled_dot_product, q, np.broadcast_to(k[:, :1], k.shape), v, mask=mask)
+    same((y, dq), (mask @ v / mask.sum(axis=-1, keepdims=True), np.zeros_like(q)))
+
+
+def test_no_scale(rng):
+    q, k, v = qkv(rng)
+    y, (dq, dk, _) = run(scaled_dot_product, q, k, v, scale=0.0)
+    same(y, np.broadcast_to(v.mean(axis=1, keepdims=True), y.shape))
+    assert (dq == 0).all() and (dk == 0).all()
+
+
+def test_the_scale_may_stand_in_the_queries(rng):
+    q, k, v = qkv(rng)
+    y, (dq, dk, dv) = run(scaled_dot_product, q, k, v, scale=0.3)
+    z, (dz, *rest) = run(scaled_dot_product, 0.3 * q, k, v, scale=1.0)
+    same((y, dq, dk, dv), (z, 0.3 * dz, *rest))
+
+
+def test_a_constant_added_to_all_scores_of_a_query(rng):
+    """Adding one vector to every key does that; so the gradients of the keys add up to nothing."""
+    q, k, v = qkv(rng)
+    one, other = (run(scaled_dot_product, q, keys, v) for keys in (k, k + rng.normal(size=5)))
+    same((one[0], *one[1]), (other[0], *other[1]), tolerance=1e-11)
+    same(one[1][1].sum(axis=1), np.zeros((2, 5)))
+
+
+def test_linear_in_the_values(rng):
+    (q, k, v), w = qkv(rng), rng.normal(size=(2, 4, 2))
+    a, b, both = (scaled_dot_product.forward(q, k, x)[0] for x in (v, w, 3 * v - w))
+    same(both, 3 * a - b)
+
+
+def test_causal_attention_never_revises(rng):
+    """What T tokens said stays said when there are T + 1; the last of them sees all."""
+    q, k, v = qkv(rng, queries=5, keys=5)
+    dout = rng.normal(size=(2, 5, 2))
+    dout[:, 4] = 0
+    y, grads = run(scaled_dot_product, q, k, v, is_causal=True, dout=dout)
+    before, fewer = run(scaled_dot_product, *(x[:, :4] for x in (q, k, v)), is_causal=True, dout=dout[:, :4])
+    same((y[:, :4], y[:, 4:]), (before, scaled_dot_product.forward(q[:, 4:], k, v)[0]))
+    same(tuple(g[:, :4] for g in grads), fewer)
+    assert all((g[:, 4] == 0).all() for g in grads)
+
+
+def test_a_masked_key_is_an_absent_key(rng):
+    q, k, v = qkv(rng)
+    mask = np.ones((2, 3, 4), bool)
+    mask[:, :, 2] = False
+    y, grads = run(scaled_dot_product, q, k, v, mask=mask)
+    z, fewer = run(scaled_dot_product, q, *(np.delete(x, 2, axis=1) for x in (k, v)))
+    same((y, grads[0], *(np.delete(g, 2, axis=1) for g in grads[1:])), (z, *fewer))
+    assert all((g[:, 2] == 0).all() for g in grads[1:])
+
+
+def test_a_query_that_may_attend_to_nothing(rng):
+    q, k, v = qkv(rng)
+    mask = np.ones((2, 3, 4), bool)
+    mask[:, 1] = False
+    y, (dq, dk, dv) = run(scaled_dot_product, q, k, v, mask=mask)
+    assert (y[:, 1] == 0).all() and (dq[:, 1] == 0).all()
+    dout = np.cos(1.0 + np.arange(12)).reshape(2, 3, 2)[:, [0, 2]]
+    z, fewer = run(scaled_dot_product, q[:, [0, 2]], k, v, dout=dout)
+    same((y[:, [0, 2]], dq[:, [0, 2]], dk, dv), (z, *fewer))
+
+
+def test_heads_are_items(rng):
+    """(B, H, T, D) is B H items of (T, D)."""
+    q, k, v = qkv(rng, lead=(2, 3))
+    flat = [x.reshape(6, *x.shape[2:]) for x in (q, k, v)]
+    y, grads = run(scaled_dot_product, q, k, v, is_causal=True)
+    z, others = run(scaled_dot_product, *flat, is_causal=True)
+    same((y, *grads), (z.reshape(y.shape), *(d.reshape(g.shape) for d, g in zip(others, grads))))
+
+
+# --- multi-head attention -----------------------------------------------------------------------------------
+
+
+def test_one_head_without_projections_is_scaled_dot_product(rng):
+    q, k, v = qkv(rng, values=6)
+    mask = rng.random((2, 3, 4)) < 0.7
+    params = multi_head.Params(*(linear.Params(np.eye(size)) for size in (5, 5, 6, 6)))
+    y, (*grads, _) = run(multi_head, q, k, v, params, heads=1, mask=mask[:, None])
+    same((y, *grads), run(scaled_dot_product, q, k, v, mask=mask)[:1] + run(scaled_dot_product, q, k, v, mask=mask)[1])
+
+
+def test_heads_come_in_any_order(rng):
+    x, params = rng.normal(size=(2, 3, 6)), like(rng, multi_head.init(rng, 6))
+    order = np.arange(6).reshape(3, 2)[[2, 0, 1]].ravel()
+
+    def reordered(p):
+        q, k, v = (linear.Params(weight[order], bias[order]) for weight, bias in p[:3])
+        return multi_head.Params(q, k, v, linear.Params(p.out.weight[:, order], p.out.bias))
+
+    y, (*grads, dparams) = run(multi_head, x, x, x, params, heads=3, is_causal=True)
+    z, (*others, dreordered) = run(multi_head, x, x, x, reordered(params), heads=3, is_causal=True)
+    same((y, *grads, reordered(dparams)), (z, *others, dreordered))
+
+
+def test_multi_head_is_every_head_alone_then_added_up(rng):
+    """Cross-attention of three heads, each with its own rows of Wq, Wk, Wv and columns of Wo."""
+    x, memory = rng.normal(size=(2, 3, 6)), rng.normal(size=(2, 4, 5))
+    params = like(rng, multi_head.init(rng, 6, key_features=5, value_features=5))
+    y, saved = multi_head.forward(x, memory, memory, params, heads=3)
+    total, maps = params.out.bias, []
+    for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        q, k, v = (
+            linear.forward(source, linear.Params(weight[rows], bias[rows]))[0]
+            for source, (weight, bias) in zip((x, memory, memory), params[:3])
+        )
+        head, one = scaled_dot_product.forward(q, k, v)
+        total, maps = total + head @ params.out.weight[:, rows].T, [*maps, one.attn]
+    same((y, saved.attn), (total, np.stack(maps, axis=1)))
+
+
+@pytest.mark.parametrize("keys", ["self", "cross"])
+def test_what_is_given_twice_gets_the_sum_of_its_gradients(rng, keys):
+    x, memory = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4))
+    params, dout, direction = like(rng, multi_head.init(rng, 4)), rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4))
+    if keys == "self":
+        direction = direction[:, :3]
+        _, (dq, dk, dv, _) = run(multi_head, x, x, x, params, heads=2, dout=dout)
+        jv = complex_step(lambda x: multi_head.forward(x, x, x, params, heads=2)[0], (x,), (direction,))
+        expected = dq + dk + dv
+    else:
+        _, (_, dk, dv, _) = run(multi_head, x, memory, memory, params, heads=2, dout=dout)
+        jv = complex_step(lambda m: multi_head.forward(x, m, m, params, heads=2)[0], (memory,), (direction,))
+        expected = dk + dv
+    assert abs(inner(dout, jv) - inner(expected, direction)) <= 1e-12 * (1 + abs(inner(dout, jv)))
+
+
+def test_padding_is_absence(rng):
+    """A key mask that hides the last two tokens of the memory leaves what a shorter memory gives."""
+    x, memory, params = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4)), like(rng, multi_head.init(rng, 4))
+    there = np.arange(5) < 3
+    y, grads = run(multi_head, x, memory, memory, params, heads=2, key_mask=np.stack((there, there)))
+    z, others = run(multi_head, x, memory[:, :3], memory[:, :3], params, heads=2)
+    same((y, grads[0], grads[1][:, :3], grads[2][:, :3], grads[3]), (z, *others))
+    assert all((g[:, 3:] == 0).all() for g in grads[1:3])
+
+
+def test_the_three_masks_of_multi_head_agree(rng):
+    x, params = rng.normal(size=(2, 4, 4)), like(rng, multi_head.init(rng, 4))
+    mask, key_mask = rng.random((2, 2, 4, 4)) < 0.7, rng.random((2, 4)) < 0.7
+    all_in_one = mask & key_mask[:, None, None] & np.tri(4, dtype=bool)
+    y, grads = run(multi_head, x, x, x, params, heads=2, mask=mask, key_mask=key_mask, is_causal=True)
+    z, others = run(multi_head, x, x, x, params, heads=2, mask=all_in_one)
+    same((y, *grads), (z, *others))
+    nothing = np.broadcast_to(~all_in_one.any(axis=-1).any(axis=1)[..., None], y.shape)
+    assert np.abs(y - params.out.bias)[nothing].max(initial=0) <= 1e-15
+
+
+# --- transformer layers -------------------------------------------------------------------------------------
+
+
+def test_feed_forward_is_linear_relu_linear(rng):
+    x, params = rng.normal(size=(2, 3, 4)), like(rng, feed_forward.init(rng, 4, 5))
+    hidden, _ = linear.forward(x, params.linear1)
+    same(feed_forward.forward(x, params)[0], linear.forward(relu(hidden), params.linear2)[0])
+
+
+def encoder(rng, features=4, hidden=5):
+    return like(rng, transformer_encoder_layer.init(rng, features, hidden))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_layer_whose_parts_are_silent(rng, norm_first):
+    """Norm before leaves its input alone then, gradient included; norm after normalises it twice."""
+    x, params = rng.normal(size=(2, 3, 4)), encoder(rng)
+    silent = params._replace(
+        attention=params.attention._replace(out=tree_map(np.zeros_like, params.attention.out)),
+        feed_forward=params.feed_forward._replace(linear2=tree_map(np.zeros_like, params.feed_forward.linear2)),
+    )
+    dout = rng.normal(size=x.shape)
+    y, (dx, _) = run(transformer_encoder_layer, x, silent, heads=2, norm_first=norm_first, dout=dout)
+    if norm_first:
+        same((y, dx), (x, dout))
+    else:
+        once, saved1 = layer_norm.forward(x, params.norm1)
+        twice, saved2 = layer_norm.forward(once, params.norm2)
+        same((y, dx), (twice, layer_norm.backward(layer_norm.backward(dout, saved2)[0], saved1)[0]))
+
+
+def test_norm_before_and_norm_after(rng):
+    """On a normalised x and with one plain norm N: after = N(N(x1) + before - x1), where x1 = x + A(x)."""
+    plain = layer_norm.init(rng, 4)
+    params = encoder(rng)._replace(norm1=plain, norm2=plain)
+    x, _ = layer_norm.forward(rng.normal(size=(2, 3, 4)), eps=0.0)
+    options = {"heads": 2, "activation": "gelu", "eps": 0.0}
+    before, _ = transformer_encoder_layer.forward(x, params, norm_first=True, **options)
+    after, _ = transformer_encoder_layer.forward(x, params, norm_first=False, **options)
+    x1 = x + multi_head.forward(x, x, x, params.attention, heads=2)[0]
+    normed, _ = layer_norm.forward(x1, eps=0.0)
+    same(after, layer_norm.forward(normed + before - x1, eps=0.0)[0], tolerance=1e-11)
+
+
+def test_an_encoder_layer_never_reads_padding(rng):
+    x, params = rng.normal(size=(2, 4, 4)), encoder(rng)
+    key_mask = np.broadcast_to(np.arange(4) < 3, (2, 4))
+    dout = rng.normal(size=x.shape) * key_mask[..., None]
+    y, (dx, dparams) = run(transformer_encoder_layer, x, params, heads=2, key_mask=key_mask, dout=dout)
+    z, (dz, dshorter) = run(transformer_encoder_layer, x[:, :3], params, heads=2, dout=dout[:, :3])
+    same((y[:, :3], dx[:, :3], dparams), (z, dz, dshorter))
+    assert (dx[:, 3] == 0).all()
