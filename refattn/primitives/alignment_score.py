@@ -1,4 +1,4 @@
-r"""Alignment score: how well a decoder state and an encoder state match, as Luong, Pham and Manning measure it.
+r"""Luong's alignment scores: how well a decoder and an encoder state match.
 
 Paper: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation", EMNLP 2015
 (arXiv:1508.04025), section 3.1.

@@ -1,6 +1,6 @@
-r"""Chatbot: a bidirectional encoder and a decoder with Luong's attention, from words to words.
+r"""Chatbot: bidirectional encoder, and decoder with Luong's attention.
 
-At each word of the reply the decoder looks at what was said, and predicts the word that follows.
+From word to word of the reply, the decoder looks at all that was said, and predicts the next.
 
 Paper: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural Machine Translation", EMNLP 2015
 (arXiv:1508.04025), section 3.1, in the form of the PyTorch chatbot tutorial.
