@@ -164,14 +164,14 @@ def _check(memory, params, window, gaussian, lengths, start):
 
 def example(draw):
     (query, memory, score), options = alignment_score.example(draw)
-    options |= {"window": draw.size("window", high=2), "start": draw.size("start", low=0, high=3)}
-    options |= {"gaussian": draw.choice("gaussian", "weights", "scores")}
+    options |= {"start": draw.size("start", low=0, high=3), "gaussian": draw.choice("gaussian", "weights", "scores")}
     if draw.choice("lengths", True, False):
         options["lengths"] = draw.integers(0, memory.shape[1], len(memory))
-    if draw.choice("alignment", "predictive", "monotonic") == "monotonic":
-        return Call((query, memory, Params(score)), options)
-    units = draw.size("R", high=3)
-    position = Position(draw.array(units, query.shape[2]), draw.array(units))
+    position = None
+    if draw.choice("alignment", "predictive", "monotonic") == "predictive":
+        units = draw.size("R", high=3)
+        position = Position(draw.array(units, query.shape[2]), draw.array(units))
+    options["window"] = draw.size("window", low=0 if position is None else 1, high=2)
     return Call((query, memory, Params(score, position)), options)
 
 

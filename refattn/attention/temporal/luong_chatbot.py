@@ -107,14 +107,14 @@ def backward(dout: Out, saved: Saved) -> tuple[Params]:
 
 
 def example(draw):
-    n, s, t, v = draw.size("N", high=2), draw.size("S", high=3), draw.size("T", high=2), draw.size("V")
+    n, s, t, v = draw.size("N", high=2), draw.size("S", low=2, high=3), draw.size("T", high=2), draw.size("V")
     sizes = (draw.size(name, high=2) for name in ("E", "H", "A"))
     score, cell = draw.choice("score", *alignment_score.SCORES), draw.choice("cell", "gru", "lstm")
     params = init(draw.rng, v, *sizes, score=score, cell=cell, layers=draw.choice("L", 1, 2))
     options = {
         "source": draw.integers(0, v - 1, n, s),
         "target": draw.integers(0, v - 1, n, t),
-        "lengths": draw.integers(0, s, n) if draw.choice("padded", True, False) else None,
+        "lengths": draw.integers(0, s, n) if draw.choice("padded", True, True, False) else None,
         "score": score,
         "mask_padding": draw.choice("mask_padding", False, True),
     }

@@ -140,7 +140,7 @@ def _check(inputs, memory, params, window, lengths):
 
 
 def example(draw):
-    n, t, s = draw.size("N", high=2), draw.size("T", high=3), draw.size("S", high=3)
+    n, t, s = draw.size("N", high=2), draw.size("T", high=3), draw.size("S")
     e, a, h, layers = (draw.size(name, high=2) for name in ("E", "A", "H", "layers"))
     score, feed = draw.choice("score", *alignment_score.SCORES), draw.choice("feed", True, False)
     k = h if score == "dot" else draw.size("K", high=2)
@@ -151,7 +151,8 @@ def example(draw):
     kind = draw.choice("attention", "global", "local-m", "local-p")
     if kind != "global":
         attention = local_attention.init(draw.rng, h, k, score=score, units=2 if kind == "local-p" else None)
-        options |= {"window": draw.size("window", high=2), "gaussian": draw.choice("gaussian", "weights", "scores")}
+        options["window"] = draw.size("window", low=int(kind == "local-p"), high=1)
+        options["gaussian"] = draw.choice("gaussian", "weights", "scores")
     cell, bias = draw.choice("cell", "lstm", "gru"), draw.choice("bias", True, False)
     params = init(draw.rng, e, k, h, a, attention, cell=cell, layers=layers, feed=feed, bias=bias)
     state = recurrent.State(np.zeros((n, layers, h)), np.zeros((n, layers, h)) if cell == "lstm" else None)
