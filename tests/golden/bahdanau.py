@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from refattn.attention.temporal import additive, additive_decoder, attention_wrapper
+from refattn.attention.temporal import additive, additive_decoder, attention_wrapper, rnn_search
 from refattn.primitives import gru_cell, linear, lstm_cell, recurrent
-from tests.golden import Case
+from tests.golden import Case, rnn
 
 
 def case(record):
@@ -147,3 +147,28 @@ def _tutorial_attn(record):
         return additive.Out(get("out.context"), get("out.weights")[:, None])
 
     return Case(additive, args, out)
+
+
+def _tutorial_encdec(record):
+    """The GRU of the decoder reads [word; context]: the columns of its weights fall in two."""
+    features = record["param.decoder.embedding.weight"].shape[1]
+
+    def args(get):
+        w, w_h, b, b_h = rnn.cell_params(get, "GRU", "_l0", "decoder.gru.")
+        attention = _tutorial_params(get, "decoder.attention.")
+        params = rnn_search.Params(
+            source=get("param.encoder.embedding.weight"),
+            encoder=recurrent.Params((rnn.cell_params(get, "GRU", "_l0", "encoder.gru."),)),
+            target=get("param.decoder.embedding.weight"),
+            read=linear.Params(w[..., :features].reshape(-1, features), b.reshape(-1)),
+            decoder=additive_decoder.Params(attention, w[..., features:], w_h, b_h),
+            word=linear.Params(get("param.decoder.out.weight"), get("param.decoder.out.bias")),
+        )
+        return (params,)
+
+    def out(get):
+        return rnn_search.Out(get("out.logprobs"), get("out.dec_hidden")[0])
+
+    start = np.zeros_like(record["in.tgt"][:, :1])
+    target = np.concatenate([start, record["in.tgt"][:, :-1]], axis=1)
+    return Case(rnn_search, args, out, {"source": record["in.src"], "target": target, "gru": "torch"})
