@@ -143,20 +143,15 @@ def example(draw):
     height, pool = draw.size("H", high=3), draw.choice("pool", "square", "global")
     width = draw.size("W", *((1, 3) if pool == "global" else (height, 2 * height - 1)))
     channels, training = draw.size("C", low=2), draw.choice("training", True, False, False)
-    n = draw.size("N", low=3 if training else 1)
+    shape = draw.size("N", low=3 if training else 1), channels, height, width
     params = init(draw.rng, channels, draw.choice("reduction", 1, 2), draw.choice("layers", 1, 2, 0))
-    x, params = _about(draw, (draw.rng.normal(size=(n, channels, height, width)), params))
-    return Call((x, params), {"pool": pool, "stats": None if training else _example_stats(draw, params)})
-
-
-def _about(draw, tree):
-    """Arrays about those given: far from a batch without variance, in which batch normalisation is near singular."""
-    return tree_map(np.add, tree, draw.like(tree))
-
-
-def _example_stats(draw, params):
+    start = draw.rng.normal(size=shape), params  # with a variance: without, batch normalisation is near singular
+    x, params = tree_map(np.add, start, draw.like(start))
+    if training:
+        return Call((x, params), {"pool": pool, "stats": None})
     hidden = draw.like(tuple(batch_norm.init_stats(len(layer.norm.beta)) for layer in params.hidden))
-    return Stats(tuple(batch_norm.Stats(mean, var * var + 0.5) for mean, var in hidden))
+    stats = Stats(tuple(batch_norm.Stats(mean, var * var + 0.5) for mean, var in hidden))
+    return Call((x, params), {"pool": pool, "stats": stats})
 
 
 ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))
