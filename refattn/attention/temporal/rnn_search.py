@@ -190,10 +190,10 @@ def _check(params, source, target, lengths, target_lengths, gru):
 
 
 def example(draw):
-    n, s, t = draw.size("N", high=2), draw.size("S", high=3), draw.size("T", high=2)
+    n, s, t = draw.size("N", high=2), draw.size("S", low=2, high=3), draw.size("T", high=3)
     u, v = draw.size("U", high=3), draw.size("V", low=2, high=3)
     sizes = [draw.size(name, high=2) for name in ("E", "H", "A")]
-    options = {"maxout": draw.choice("maxout", 2, 1, None), "directions": draw.choice("directions", 2, 1)}
+    options = {"maxout": draw.choice("maxout", 2, 1, None), "directions": draw.choice("directions", 2, 2, 1)}
     params = tree_map(lambda a: a / 8, draw.like(init(draw.rng, u, v, *sizes, **options)))
     data = {
         "source": draw.integers(0, u - 1, n, s),
