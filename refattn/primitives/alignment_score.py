@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.core import About, Array, Call, Shaped, expect, shaped, tree_map
 from refattn.primitives import linear
 
 
@@ -145,11 +145,9 @@ def example(draw):
     memory = query if score == "dot" else draw.size("K", high=3)
     flags = {name: draw.choice(name, True, False) for name in ("bias", "scale")}
     params = draw.like(init(draw.rng, query, memory, score=score, hidden=draw.size("I", high=3), **flags))
-    lengths = draw.size("N", high=3), draw.size("T", high=2), draw.size("S")
-    return Call(
-        (draw.array(lengths[0], lengths[1], query), draw.array(lengths[0], lengths[2], memory), params),
-        {"score": score},
-    )
+    n, t, s = draw.size("N", high=3), draw.size("T", high=2), draw.size("S")
+    args = draw.array(n, t, query), draw.array(n, s, memory), params
+    return Call(tree_map(lambda x: x / 8, args), {"score": score})  # a saturated tanh has no accurate slope
 
 
 ABOUT = About(laws=("batch_independent",), witnesses=("definition",))

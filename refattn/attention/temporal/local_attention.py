@@ -170,7 +170,7 @@ def example(draw):
     position = None
     if draw.choice("alignment", "predictive", "monotonic") == "predictive":
         units = draw.size("R", high=3)
-        position = Position(draw.array(units, query.shape[2]), draw.array(units))
+        position = Position(draw.array(units, query.shape[2]) / 8, draw.array(units) / 4)
     options["window"] = draw.size("window", low=0 if position is None else 1, high=2)
     return Call((query, memory, Params(score, position)), options)
 
