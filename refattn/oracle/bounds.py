@@ -28,10 +28,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.core import Call, tree_map
+from refattn.core import tree_map
 
 SLOPPY = 8.0
 FACTOR = 16.0
+LEVEL = 1 / 16
 RUNS = 24
 
 
@@ -49,11 +50,17 @@ def allowed(value, expected, dtype, seed=0):
     u = unit_roundoff(dtype)
     total = tree_map(np.zeros_like, expected)
     for run in range(RUNS):
-        noise = Noise(np.random.default_rng([seed, run]), SLOPPY * u, float(np.finfo(dtype).tiny))
+        noise = Noise(np.random.default_rng([seed, run]), SLOPPY * u, float(np.finfo(dtype).tiny), bool(run % 2))
         with np.errstate(all="ignore"):
             moved = value(lambda tree, noise=noise: tree_map(noise.start, tree))
             total = tree_map(lambda s, y, e: s + (np.asarray(y) - e) ** 2, total, moved, expected)
-    return tree_map(lambda s, e: u * np.abs(e) + FACTOR / SLOPPY * np.sqrt(s / RUNS), total, expected)
+
+    def bound(y, squares):
+        scatter = np.sqrt(squares / RUNS) / SLOPPY
+        typical = np.sqrt(np.mean(scatter * scatter)) if scatter.size else 0
+        return u * np.abs(y) + FACTOR * np.where(scatter == 0, 0, np.hypot(scatter, LEVEL * typical))
+
+    return tree_map(bound, expected, total)
 
 
 def allowed_of_call(mechanism, call, dout, expected, dtype, seed=0):
@@ -77,17 +84,28 @@ class Noise(NamedTuple):
     rng: np.random.Generator
     unit: float  # relative size of one error
     tiny: float  # absolute size of an underflow
+    afresh: bool  # a sum that is used twice has another error each time: it might be computed again, in another way
 
     def start(self, x):
-        """A noisy copy of an argument, if it is an array of real numbers."""
+        """A noisy copy of an argument or a constant, if it is an array of real numbers."""
         if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
             return x
         return self.add(x, self.unit * np.abs(x))
 
-    def add(self, x, spread):
+    def add(self, x, spread, remember=False):
         """x, each element moved by up to its spread, as an array that goes on being noisy."""
         error = self.rng.uniform(-1, 1, np.shape(x)) * (spread + self.tiny)
-        return self.wrap(np.where(x == 0, 0, x + np.where(np.isfinite(error), error, 0)))
+        moved = self.wrap(np.where(x == 0, 0, x + np.where(np.isfinite(error), error, 0)))
+        if remember and self.afresh:
+            moved.exact = x, spread
+        return moved
+
+    def add_at(self, target, index, values):
+        """np.add.at: sums that gather in one place."""
+        n, squares = np.zeros_like(target), np.zeros_like(target)
+        for sums, terms in ((target, values), (n, 1), (squares, values * values)):
+            np.add.at(sums, index, terms)
+        target[...] = _plain(self.add(target, self.unit * _sum_of(n, target, squares)))
 
     def wrap(self, x):
         if isinstance(x, tuple):
@@ -98,20 +116,33 @@ class Noise(NamedTuple):
         x.noise = self
         return x
 
+    def use(self, x):
+        """What an operation sees of an operand."""
+        if isinstance(x, Noisy) and x.exact is not None:
+            x = self.add(*x.exact)
+        elif isinstance(x, np.ndarray) and not isinstance(x, Noisy) and x.ndim:
+            x = self.start(x)  # a constant is rounded too
+        return _plain(x)
+
 
 class Noisy(np.ndarray):
     """An array whose arithmetic is noisy: a NumPy subclass, so that a mechanism runs on it unchanged."""
 
     def __array_finalize__(self, source):
-        self.noise = getattr(source, "noise", None)
+        self.noise, self.exact = getattr(source, "noise", None), None
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
-        noise, plain = self.noise, [_plain(x) for x in inputs]
+        noise = next(x.noise for x in (*inputs, *(out or ())) if isinstance(x, Noisy))
+        if method == "at" and ufunc is np.add:
+            return noise.add_at(*map(_plain, inputs))
+        exact = ufunc in EXACT or method == "at"
+        operands = [_plain(x) if exact else noise.use(x) for x in inputs]
         target = {} if out is None else {"out": tuple(map(_plain, out))}
-        result = getattr(ufunc, method)(*plain, **target, **kwargs)
-        if result is None or isinstance(result, tuple) or result.dtype.kind != "f" or ufunc in EXACT:
+        result = getattr(ufunc, method)(*operands, **target, **kwargs)
+        if exact or isinstance(result, tuple) or result.dtype.kind != "f":
             return noise.wrap(result) if out is None else out[0]
-        noisy = noise.add(result, noise.unit * _growth(ufunc, method, plain, kwargs, result))
+        spread = noise.unit * _growth(ufunc, method, operands, kwargs, result)
+        noisy = noise.add(result, spread, remember=ufunc is np.matmul or method == "reduce")
         if out is None:
             return noisy
         target["out"][0][...] = _plain(noisy)
@@ -120,10 +151,10 @@ class Noisy(np.ndarray):
     def __array_function__(self, function, types, args, kwargs):
         if function not in PRODUCTS:
             return self.noise.wrap(super().__array_function__(function, types, args, kwargs))
-        plain = [_plain(x) for x in args]
-        v = function(*plain, **kwargs)
-        squares = function(*(x * x if isinstance(x, np.ndarray) else x for x in plain), **kwargs)
-        return self.noise.add(v, self.noise.unit * _sum_of(PRODUCTS[function](*plain), v, squares))
+        operands = [self.noise.use(x) for x in args]
+        v = function(*operands, **kwargs)
+        squares = function(*(x * x if isinstance(x, np.ndarray) else x for x in operands), **kwargs)
+        return self.noise.add(v, self.noise.unit * _sum_of(PRODUCTS[function](*operands), v, squares), remember=True)
 
 
 def _plain(x):

@@ -1,0 +1,80 @@
+"""The calls on which a candidate is tried: drawn as a mechanism's own example says, some of them larger."""
+
+import math
+
+import numpy as np
+
+from refattn.core import Call, leaves, tree_map
+from refattn.draw import RandomDraw
+
+LARGEST = 2000  # numbers in the arguments of a stretched call, or in its output
+
+
+class Bounded(np.random.Generator):
+    """Refuses to draw more numbers at once than a call may have."""
+
+    def normal(self, loc=0.0, scale=1.0, size=None):
+        if math.prod(np.atleast_1d(1 if size is None else size).tolist()) > LARGEST:
+            raise ValueError(f"size is {size}, expected at most {LARGEST} numbers")
+        return super().normal(loc, scale, size)
+
+
+class Stretched(RandomDraw):
+    """Some sizes are larger than the example asks for: the tiles of a kernel must be filled, and overrun."""
+
+    def __init__(self, seed):
+        self.rng = Bounded(np.random.PCG64(seed))
+
+    def size(self, name, low=1, high=4):
+        stretch = 12 if self.rng.random() < 0.4 else 1
+        return super().size(name, low, low + (high - low) * stretch)
+
+    def like(self, tree):
+        """Weights get smaller as they get wider, as they do in every network: what they make is of order one."""
+        return tree_map(lambda leaf: self.array(*leaf.shape) / math.sqrt(max(1, math.prod(leaf.shape[1:]))), tree)
+
+
+def draw_call(mechanism, example, seed):
+    """The call of a seed, a list of numbers: stretched where the last is odd, if the mechanism bears it."""
+    for attempt in range(8 if seed[-1] % 2 else 0):
+        try:
+            call = example(Stretched([*seed, attempt]))
+            if _size(call.args) <= LARGEST and _size(mechanism.forward(*call.args, **call.options)[0]) <= LARGEST:
+                return call
+        except (ValueError, IndexError):
+            pass  # what was drawn as a size must fit something else
+    return example(RandomDraw(seed))
+
+
+def _size(tree):
+    return sum(x.size for _, x in leaves(tree))
+
+
+def cast(tree, dtype):
+    """A copy in which arrays of real numbers have this dtype."""
+
+    def leaf(x):
+        return np.array(x, dtype if x.dtype.kind == "f" else x.dtype) if isinstance(x, np.ndarray) else x
+
+    return tree_map(leaf, tree)
+
+
+def cast_call(call, dtype):
+    args = tree_map(np.asarray, call.args)  # drawn scalars are arrays too; options stay what they are
+    return Call(cast(args, dtype), {name: cast(value, dtype) for name, value in call.options.items()})
+
+
+def rounded(call, dtype):
+    """The call in float64, with numbers that `dtype` holds exactly."""
+    return cast_call(cast_call(call, dtype), np.float64)
+
+
+def in_words(call, names):
+    """q (2, 3), k (4, 3), is_causal=True"""
+    arrays = [f"{name}{path and '.' + path} {x.shape}" for name, arg in zip(names, call.args) for path, x in leaves(arg)]
+    options = [f"{k}={_short(v)}" for k, v in call.options.items()]
+    return ", ".join(arrays + options)
+
+
+def _short(value):
+    return f"array{value.shape}" if isinstance(value, np.ndarray) else repr(value)
