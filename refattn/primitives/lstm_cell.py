@@ -1,7 +1,7 @@
 r"""One step of a long short-term memory.
 
-Papers: Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 1997;
-Gers, Schmidhuber and Cummins, "Learning to Forget: Continual Prediction with LSTM", Neural Computation 2000.
+Paper: Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 1997; the forget gate is of Gers,
+Schmidhuber and Cummins, "Learning to Forget: Continual Prediction with LSTM", Neural Computation 2000.
 
 Shapes
     N items, I features in, H hidden units. The gates are stacked in the order i, f, g, o.

@@ -1,4 +1,4 @@
-r"""A recurrent layer: one cell, over a sequence, in one direction or both; or several of them, each on top of the last.
+r"""Recurrent layers: a cell over a sequence, in one direction or both.
 
 Shapes
     N sequences of T steps, I features in, H hidden units, L cells: one per layer, or two where direction="both".
@@ -62,7 +62,7 @@ def init(rng, inputs, hidden, *, cell="gru", layers=1, direction="forward", bias
     """As the cell's own init, for every layer and direction."""
     ways = len(DIRECTIONS[direction])
     widths = [inputs] * ways + [ways * hidden] * ways * (layers - 1)
-    return Params(tuple(recurrent_cell.init(rng, width, hidden, cell=cell, bias=bias) for width in widths))
+    return Params(tuple(recurrent_cell.CELLS[cell].init(rng, width, hidden, bias) for width in widths))
 
 
 @shaped

@@ -1,4 +1,4 @@
-r"""One step of a recurrent network, whichever cell it has: that of the given Params.
+r"""One step of a recurrent network, whichever cell the Params belong to.
 
 Shapes
     N items, I features in, H hidden units.
@@ -30,30 +30,30 @@ class State(NamedTuple):
     c: Shaped[Array, "N H"] | None = None
 
 
-def init(rng, inputs, hidden, *, cell="gru", bias=True):
-    """As the cell's own init."""
-    return CELLS[cell].init(rng, inputs, hidden, bias)
+class Saved(NamedTuple):
+    cell: tuple  # the cell's own Saved
 
 
 @shaped
 def forward(
     x: Shaped[Array, "N I"], state: State, params: tuple, *, reset_after: bool = True, z_weighs: str = "old"
-) -> tuple[State, tuple]:
+) -> tuple[State, Saved]:
     check(state, params, "recurrent_cell.forward:")
     if isinstance(params, lstm_cell.Params):
         new, saved = lstm_cell.forward(x, lstm_cell.State(*state), params)
-        return State(*new), saved
+        return State(*new), Saved(saved)
     options = {"reset_after": reset_after, "z_weighs": z_weighs} if isinstance(params, gru_cell.Params) else {}
     new, saved = OF_PARAMS[type(params)].forward(x, state.h, params, **options)
-    return State(new), saved
+    return State(new), Saved(saved)
 
 
 @shaped
-def backward(dnew: State, saved: tuple) -> tuple[Shaped[Array, "N I"], State, tuple]:
-    if isinstance(saved, lstm_cell.Saved):
-        dx, dstate, dparams = lstm_cell.backward(lstm_cell.State(*dnew), saved)
+def backward(dnew: State, saved: Saved) -> tuple[Shaped[Array, "N I"], State, tuple]:
+    (step,) = saved
+    if isinstance(step, lstm_cell.Saved):
+        dx, dstate, dparams = lstm_cell.backward(lstm_cell.State(*dnew), step)
         return dx, State(*dstate), dparams
-    dx, dh, dparams = OF_SAVED[type(saved)].backward(dnew.h, saved)
+    dx, dh, dparams = OF_SAVED[type(step)].backward(dnew.h, step)
     return dx, State(dh), dparams
 
 
@@ -67,7 +67,8 @@ def check(state, params, where, name="params"):
     """Raise what a wrong kind of params or state deserves."""
     expect(type(params) in OF_PARAMS, f"{where} {name}", type(params), "Params of rnn_cell, gru_cell or lstm_cell")
     lstm = isinstance(params, lstm_cell.Params)
-    expect((state.c is not None) == lstm, f"{where} state.c", state.c, "an array for an LSTM, None for other cells")
+    given = type(state.c).__name__
+    expect((state.c is not None) == lstm, f"{where} type of state.c", given, "an array for an LSTM, None for others")
 
 
 def example(draw):

@@ -1,4 +1,4 @@
-r"""RNNsearch: translation by an encoder and a decoder with additive attention, from words to words.
+r"""RNNsearch: encoder and decoder with additive attention.
 
 A GRU reads the source in both directions; at each target word another GRU looks at what it read, and predicts the word
 that follows.
