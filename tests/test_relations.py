@@ -4,10 +4,23 @@ import numpy as np
 import pytest
 
 from refattn.attention.dot_product import multi_head, scaled_dot_product, transformer_encoder_layer
+from refattn.attention.temporal import additive, additive_decoder, multiplicative
 from refattn.core import leaves, tree_map
 from refattn.elementwise import relu
 from refattn.oracle.derivatives import complex_step, inner
-from refattn.primitives import batch_norm, feed_forward, group_norm, layer_norm, linear, logsumexp, rms_norm, softmax
+from refattn.primitives import (
+    batch_norm,
+    feed_forward,
+    group_norm,
+    gru_cell,
+    layer_norm,
+    linear,
+    logsumexp,
+    recurrent,
+    recurrent_cell,
+    rms_norm,
+    softmax,
+)
 
 
 @pytest.fixture(params=range(3), ids="seed{}".format)
@@ -320,3 +333,74 @@ def test_an_encoder_layer_never_reads_padding(rng):
     z, (dz, dshorter) = run(transformer_encoder_layer, x[:, :3], params, heads=2, dout=dout[:, :3])
     same((y[:, :3], dx[:, :3], dparams), (z, dz, dshorter))
     assert (dx[:, 3] == 0).all()
+
+
+# --- recurrent networks and their attention -----------------------------------------------------------------
+
+
+def test_a_gate_that_weighs_the_new_state_is_one_minus_a_gate_that_weighs_the_old(rng):
+    x, h, dh = rng.normal(size=(2, 3)), rng.normal(size=(2, 4)), rng.normal(size=(2, 4))
+    params = like(rng, gru_cell.init(rng, 3, 4))
+    sign = np.array([1.0, -1.0, 1.0])  # 1 - sigmoid(a) = sigmoid(-a)
+    flipped = tree_map(lambda w: w * sign.reshape(3, *(1,) * (w.ndim - 1)), params)
+    y, (dx, dstate, dparams) = run(gru_cell, x, h, params, z_weighs="new", dout=dh)
+    z, (ex, estate, eparams) = run(gru_cell, x, h, flipped, z_weighs="old", dout=dh)
+    eparams = tree_map(lambda w: w * sign.reshape(3, *(1,) * (w.ndim - 1)), eparams)
+    same((y, dx, dstate, dparams), (z, ex, estate, eparams))
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_a_recurrent_layer_is_its_cell_step_by_step(rng, cell):
+    x, params = rng.normal(size=(2, 3, 2)), like(rng, recurrent.init(rng, 2, 3, cell=cell))
+    out, _ = recurrent.forward(x, None, params)
+    state = recurrent_cell.zeros(x, params.cells[0])
+    for t in range(3):
+        state, _ = recurrent_cell.forward(x[:, t], state, params.cells[0])
+        same(out.y[:, t], state.h)
+    same(tree_map(lambda s: s[:, 0], tuple(out.state)), tuple(state))
+
+
+def test_reading_backward_is_reading_the_reverse(rng):
+    x, params = rng.normal(size=(2, 4, 2)), like(rng, recurrent.init(rng, 2, 3, cell="lstm"))
+    dout = like(rng, recurrent.forward(x, None, params)[0])
+    out, (dx, _, dparams) = run(recurrent, x, None, params, direction="backward", dout=dout)
+    again, (ex, _, eparams) = run(recurrent, x[:, ::-1], None, params, dout=dout._replace(y=dout.y[:, ::-1]))
+    same((out, dx, dparams), (again._replace(y=again.y[:, ::-1]), ex[:, ::-1], eparams))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_a_recurrent_layer_never_reads_padding(rng, direction):
+    x, params = rng.normal(size=(2, 4, 2)), like(rng, recurrent.init(rng, 2, 3, direction=direction))
+    mask = np.broadcast_to(np.arange(4) < 3, (2, 4))
+    short, _ = recurrent.forward(x[:, :3], None, params, direction=direction)
+    dshort = like(rng, short)
+    dout = dshort._replace(y=np.pad(dshort.y, ((0, 0), (0, 1), (0, 0)), constant_values=7.0))
+    out, (dx, _, dparams) = run(recurrent, x, None, params, direction=direction, mask=mask, dout=dout)
+    _, (ex, _, eparams) = run(recurrent, x[:, :3], None, params, direction=direction, dout=dshort)
+    same((out.y[:, :3], out.state, dx[:, :3], dparams), (short.y, short.state, ex, eparams))
+    assert (out.y[:, 3] == 0).all() and (dx[:, 3] == 0).all()
+
+
+def test_additive_attention_is_the_concat_score(rng):
+    query, memory = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 2))
+    params = like(rng, additive.init(rng, 4, 2, 3))
+    joined = multiplicative.Params(np.concatenate([params.w.weight, params.u.weight], axis=1), v=params.v)
+    mask = np.arange(5) < np.array([[5], [2]])
+    dout = like(rng, additive.Out(np.zeros((2, 3, 2)), np.zeros((2, 3, 5))))
+    out, (dquery, dmemory, dparams) = run(additive, query, memory, params, mask=mask, dout=dout)
+    dout = multiplicative.Out(*dout)
+    again, (equery, ememory, eparams) = run(
+        multiplicative, query, memory, joined, score="concat", mask=mask, dout=dout
+    )
+    same((*out, dquery, dmemory, dparams.v), (*again, equery, ememory, eparams.v))
+    same(np.concatenate([dparams.w.weight, dparams.u.weight], axis=1), eparams.weight)
+
+
+def test_a_decoder_deaf_to_its_context_is_a_gru(rng):
+    params = like(rng, additive_decoder.init(rng, 2, 3, 2))._replace(w_c=np.zeros((3, 3, 2)))
+    inputs, memory, state = rng.normal(size=(2, 4, 3, 3)), rng.normal(size=(2, 5, 2)), rng.normal(size=(2, 3))
+    out, _ = additive_decoder.forward(inputs, memory, state, params)
+    cells = recurrent.Params((gru_cell.Params(None, params.w_h),))
+    options = {"reset_after": False, "z_weighs": "new"}
+    start = recurrent.State(state[:, None])
+    same(out.states, recurrent.forward(inputs.reshape(2, 4, 9), start, cells, **options)[0].y)
