@@ -141,4 +141,4 @@ def example(draw):
     return Call(tree_map(lambda a: a / 8, args), options)  # a saturated gate hides mistakes
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("authors' code", "framework", "definition"))
+ABOUT = About(laws=("batch_independent",), witnesses=("authors' code", "framework", "definition", "relation"))
