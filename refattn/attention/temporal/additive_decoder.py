@@ -142,6 +142,6 @@ def example(draw):
 
 ABOUT = About(
     weights="weights",
-    laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one"),
+    laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one", "key_permutation_invariant"),
     witnesses=("authors' code", "definition", "relation"),
 )
