@@ -27,8 +27,8 @@ Backward, with a bar for "gradient of the loss with respect to"
     gbar = r . v / |v|,   vbar = g / |v| (r - v gbar / |v|)
 
 Choices
-    The query is the decoder state before the step, s_i-1 in the paper. The authors' code has no biases here, the PyTorch
-    tutorial has all three; TensorFlow Addons has none, but normalize=True brings g and one bias, which is b_w here.
+    The query is the decoder state before the step, s_i-1 in the paper. The authors' code has no biases here; the
+    PyTorch tutorial has all three. TensorFlow Addons has none, but normalize=True brings g and one bias: b_w here.
     What is masked gets weight 0 and gradient 0; NaN and inf in it show, as they are multiplied by 0. A sentence without
     any allowed state has context 0 and weights 0: the authors' code, which multiplies by the mask after e^score and
     subtracts no maximum, has 0/0 there, and TensorFlow Addons spreads the weights evenly over states it has set to 0.

@@ -23,7 +23,7 @@ Backward, with a bar for "gradient of the loss with respect to"
     s_t-1bar, y_tbar, c_tbar = through maxout and W_o            s_tbar = o_tbar where deep is None
     s_T-1bar    += statebar                                      the last state is an output too
     hbar, more of ybar and of s_-1bar from the decoder's backward, and W
-    lastbar      = W_s' (s_-1bar (1 - s_-1^2))                   s_-1bar where start is None
+    lastbar      = s_-1bar (1 - s_-1^2) W_s                      s_-1bar where start is None
     xbar         = from the encoder's backward at hbar and lastbar
     the tables' gradients: xbar added up by source, ybar added up by target
 
