@@ -81,12 +81,13 @@ def _channels(values, like):
 
 
 def example(draw):
+    """eps is large: with a small one, two numbers become 1 and -1, whose gradient is all rounding."""
     groups = draw.choice("groups", 1, 2, 3)
     channels = groups * draw.size("C / groups", high=3)
     space = draw.choice("space", (), (draw.size("S"),), (draw.size("H", high=3), draw.size("W", high=3)))
     params = draw.like(init(draw.rng, channels)) if draw.choice("affine", True, False) else None
     x = draw.array(draw.size("N", high=2), channels, *space)
-    return Call((x, params), {"groups": groups, "eps": draw.choice("eps", 1e-5, 1e-3)})
+    return Call((x, params), {"groups": groups, "eps": draw.choice("eps", 0.01, 0.5)})
 
 
 ABOUT = About(laws=("batch_independent",), witnesses=("framework", "definition", "relation"))

@@ -60,7 +60,8 @@ def forward(
     over = tuple(range(-axes, 0))
     centred = x - x.mean(axis=over, keepdims=True)
     variance = (centred * centred).mean(axis=over, keepdims=True)
-    expect(eps > 0 or (eps == 0 and (variance != 0).all()), "layer_norm.forward: eps", eps, "more than 0")
+    valid = eps > 0 or (eps == 0 and (variance != 0).all())
+    expect(valid, "layer_norm.forward: eps", eps, "more than 0, or 0 where no variance is 0")
     inverse_std = 1 / np.sqrt(variance + eps)
     xhat = centred * inverse_std
     y = xhat if params is None else xhat * params.gamma
@@ -83,10 +84,11 @@ def backward(dy: Shaped[Array, "N *S"], saved: Saved) -> tuple[Shaped[Array, "N 
 
 
 def example(draw):
+    """eps is large: with a small one, two numbers become 1 and -1, whose gradient is all rounding."""
     lead = draw.choice("lead", (draw.size("N"),), (draw.size("N"), draw.size("T", high=3)))
     features = draw.choice("features", (draw.size("F"),), (draw.size("F1", high=3), draw.size("F2", high=3)))
     params = draw.choice("affine", None, init(draw.rng, *features), init(draw.rng, *features, bias=False))
-    options = {"axes": len(features), "eps": draw.choice("eps", 1e-5, 1e-3)}
+    options = {"axes": len(features), "eps": draw.choice("eps", 0.01, 0.5)}
     return Call((draw.array(*lead, *features), draw.like(params)), options)
 
 
