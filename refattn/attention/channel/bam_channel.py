@@ -79,6 +79,11 @@ def init(rng, channels, reduction=16, layers=1):
     return Params(tuple(hidden), linear.init(rng, widths[-1], channels))
 
 
+def init_stats(params):
+    """The running statistics before the first batch."""
+    return Stats(tuple(batch_norm.init_stats(len(layer.norm.beta)) for layer in params.hidden))
+
+
 @shaped
 def logits(
     x: Shaped[Array, "N C H W"], params: Params, *, pool: str = "square", stats: Stats | None = None
@@ -142,15 +147,15 @@ def _window(x, pool):
 def example(draw):
     height, pool = draw.size("H", high=3), draw.choice("pool", "square", "global")
     width = draw.size("W", *((1, 3) if pool == "global" else (height, 2 * height - 1)))
-    channels, training = draw.size("C", low=2), draw.choice("training", True, False, False)
+    channels, training = draw.size("C", low=2, high=5), draw.choice("training", True, False, False)
     shape = draw.size("N", low=3 if training else 1), channels, height, width
-    params = init(draw.rng, channels, draw.choice("reduction", 1, 2), draw.choice("layers", 1, 2, 0))
-    start = draw.rng.normal(size=shape), params  # with a variance: without, batch normalisation is near singular
-    x, params = tree_map(np.add, start, draw.like(start))
-    if training:
-        return Call((x, params), {"pool": pool, "stats": None})
-    hidden = draw.like(tuple(batch_norm.init_stats(len(layer.norm.beta)) for layer in params.hidden))
-    stats = Stats(tuple(batch_norm.Stats(mean, var * var + 0.5) for mean, var in hidden))
+    params = init(draw.rng, channels, draw.choice("reduction", 1, 2), draw.choice("layers", 2, 1, 0))
+    start = draw.rng.normal(size=shape), params  # batch normalisation is near singular where nothing varies
+    x, params = tree_map(lambda s, d: s + d / 4, start, draw.like(start))
+    stats = None
+    if not training:
+        stats = init_stats(params)  # means 0, variances 1
+        stats = tree_map(lambda s, d: np.where(s > 0, d * d + 0.5, d), stats, draw.like(stats))
     return Call((x, params), {"pool": pool, "stats": stats})
 
 

@@ -69,6 +69,12 @@ def init(rng, channels, reduction=16, dilated=2):
     )
 
 
+def init_stats(params):
+    """The running statistics before the first batch."""
+    reduce, *dilated = (batch_norm.init_stats(len(block.norm.beta)) for block in (params.reduce, *params.dilated))
+    return Stats(reduce, tuple(dilated))
+
+
 @shaped
 def logits(
     x: Shaped[Array, "N C H W"], params: Params, *, dilation: int = 4, stats: Stats | None = None
@@ -117,17 +123,17 @@ def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, 
 
 
 def example(draw):
-    channels, dilated = draw.size("C"), draw.size("dilated", low=0, high=2)
+    training = draw.choice("training", True, False, False)
+    channels, dilated = draw.size("C", low=2, high=5), draw.choice("dilated", 2, 1, 0)
     shape = draw.size("N", low=2, high=3), channels, draw.size("H", low=2, high=3), draw.size("W", low=2, high=3)
     params = init(draw.rng, channels, draw.choice("reduction", 1, 2), dilated)
-    start = draw.rng.normal(size=shape), params  # with a variance: without, batch normalisation is near singular
-    x, params = tree_map(np.add, start, draw.like(start))
-    options = {"dilation": draw.size("dilation", high=2)}
-    if draw.choice("training", True, False, False):
-        return Call((x, params), {"stats": None, **options})
-    blocks = tuple(batch_norm.init_stats(len(block.norm.beta)) for block in (params.reduce, *params.dilated))
-    reduce, *dilated = (batch_norm.Stats(mean, var * var + 0.5) for mean, var in draw.like(blocks))
-    return Call((x, params), {"stats": Stats(reduce, tuple(dilated)), **options})
+    start = draw.rng.normal(size=shape), params  # batch normalisation is near singular where nothing varies
+    x, params = tree_map(lambda s, d: s + d / 4, start, draw.like(start))
+    stats = None
+    if not training:
+        stats = init_stats(params)  # means 0, variances 1
+        stats = tree_map(lambda s, d: np.where(s > 0, d * d + 0.5, d), stats, draw.like(stats))
+    return Call((x, params), {"dilation": draw.size("dilation", high=2), "stats": stats})
 
 
 ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))

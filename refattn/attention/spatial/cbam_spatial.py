@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.core import About, Array, Call, Shaped, expect, shaped, tree_map
 from refattn.elementwise import sigmoid
 from refattn.primitives import batch_norm, conv
 
@@ -58,6 +58,11 @@ def init(rng, kernel=7, norm=True):
     """Normal weights with variance 1 / fan_in; gamma = 0, so that every gate starts at 1/2, as the authors train it."""
     weight = rng.normal(size=(1, 2, kernel, kernel)) / math.sqrt(2 * kernel * kernel)
     return Params(weight, batch_norm.Params(np.zeros(1), np.zeros(1)) if norm else None)
+
+
+def init_stats():
+    """The running statistics before the first batch."""
+    return Stats(batch_norm.init_stats(1))
 
 
 @shaped
@@ -112,12 +117,11 @@ def _winner(x):
 
 def example(draw):
     x = draw.array(draw.size("N", high=2), draw.size("C"), draw.size("H", low=2, high=3), draw.size("W", high=3))
-    norm = draw.choice("norm", "none", "training", "inference")
+    norm, stats = draw.choice("norm", "none", "training", "inference"), None
     params = draw.like(init(draw.rng, draw.choice("kernel", 1, 3, 7), norm != "none"))
-    stats = None
     if norm == "inference":
-        mean, var = draw.like(batch_norm.init_stats(1))
-        stats = Stats(batch_norm.Stats(mean, var * var + 0.5))
+        stats = init_stats()  # mean 0, variance 1
+        stats = tree_map(lambda s, d: np.where(s > 0, d * d + 0.5, d), stats, draw.like(stats))
     return Call((x, params), {"maps": draw.choice("maps", ("max", "avg"), ("avg", "max")), "stats": stats})
 
 
