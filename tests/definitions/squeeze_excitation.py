@@ -1,10 +1,10 @@
-"""Hu, Shen and Sun 2018, equations 2 to 4, with the shortcut of their residual networks."""
+"""Hu, Shen and Sun 2018, equations 2 to 4."""
 
 import math
 
 
 def element(args, options, where, index):
-    x, (w1, w2, b1, b2), shortcut = args
+    x, (w1, w2, b1, b2) = args
     n, c, i, j = index
     _, channels, height, width = x.shape
     z = [
@@ -17,5 +17,4 @@ def element(args, options, where, index):
         hidden.append(max(a if b1 is None else a + b1[r], 0.0))
     u = sum(w2[c, r] * h for r, h in enumerate(hidden))
     u = u if b2 is None else u + b2[c]
-    y = x[n, c, i, j] / (1 + math.exp(-u))
-    return y if shortcut is None else y + shortcut[n, c, i, j]
+    return x[n, c, i, j] / (1 + math.exp(-u))

@@ -5,18 +5,19 @@ from refattn.elementwise import relu
 from tests.golden import Case
 
 
-class ReluAfter:
-    """The official residual block ends with a ReLU after the layer that squeeze_excitation is."""
+class Residual:
+    """The official residual block: the gated x plus the shortcut, then a ReLU."""
 
     @staticmethod
-    def forward(*args):
-        y, saved = squeeze_excitation.forward(*args)
-        return relu(y), (y, saved)
+    def forward(x, params, shortcut):
+        y, saved = squeeze_excitation.forward(x, params)
+        return relu(y + shortcut), (y + shortcut, saved)
 
     @staticmethod
     def backward(dout, saved):
-        y, inner = saved
-        return squeeze_excitation.backward(dout * (y > 0), inner)
+        total, inner = saved
+        dtotal = dout * (total > 0)
+        return *squeeze_excitation.backward(dtotal, inner), dtotal
 
 
 def case(record):
@@ -32,12 +33,12 @@ def case(record):
             b1=get(f"{down}.bias", optional=True),
             b2=get(f"{up}.bias", optional=True),
         )
-        return get(x), params, get(shortcut) if residual else None
+        return (get(x), params, get(shortcut)) if residual else (get(x), params)
 
     def mid(out, saved):
         return {"squeeze": saved.z[:, :, None, None], "gate": saved.gate[:, :, None, None]}
 
-    module = ReluAfter if residual else squeeze_excitation
+    module = Residual if residual else squeeze_excitation
     return Case(module, args, lambda get: get("out.y"), mid=mid if "mid.gate" in record else None)
 
 

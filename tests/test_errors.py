@@ -1,0 +1,358 @@
+"""Bad options and sizes, as data: each is refused in words that name it, and every check in the package is reached.
+
+A row changes a good call: options are replaced, or a function returns the changed call, or None where the drawn call
+does not suit (then the next is tried).
+"""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import refattn
+from refattn.core import Call, tree_map
+from refattn.draw import RandomDraw
+from refattn.primitives import conv, lstm_cell, rnn_cell
+from refattn.registry import everything
+
+ROOT = Path(refattn.__file__).parent
+SEEDS = range(200)
+
+
+def args(change, suits=lambda call: True):
+    """Replace the arguments of a call by change(*args)."""
+    return lambda call: call._replace(args=tuple(change(*call.args))) if suits(call) else None
+
+
+def first(change, suits=lambda call: True):
+    """Replace the first argument by change(argument)."""
+    return args(lambda x, *rest: (change(x), *rest), suits)
+
+
+def params(change, suits=lambda call: True):
+    """Replace the parameters, the last argument, by change(params)."""
+    return args(lambda *a: (*a[:-1], change(a[-1])), suits)
+
+
+def options(suits=lambda call: True, **changed):
+    return lambda call: Call(call.args, call.options | changed) if suits(call) else None
+
+
+def given(name, *values):
+    """Whether the drawn call has one of these values for an option."""
+    return lambda call: call.options.get(name) in values
+
+
+def no_pixels(x):
+    return x[..., :0]
+
+
+def no_steps(x):
+    return x[:, :0]
+
+
+BAD = [
+    ("adaptive_average_pool", first(no_pixels), "x.shape is"),
+    ("adaptive_average_pool", options(size=0), "size is 0, expected an int of at least 1"),
+    ("adaptive_max_pool", first(no_pixels), "x.shape is"),
+    ("adaptive_max_pool", options(size=(1, 2, 3, 4)), "size is (1, 2, 3, 4), expected"),
+    ("alignment_score", options(score="cosine"), "score is 'cosine', expected one of"),
+    ("alignment_score", params(lambda p: p._replace(weight=None), given("score", "general")), "params given is"),
+    (
+        "alignment_score",
+        args(lambda q, m, p: (q, np.concatenate([m, m], 2), p), given("score", "dot")),
+        "memory.shape is",
+    ),
+    (
+        "alignment_score",
+        params(lambda p: p._replace(weight=p.weight.repeat(2, axis=1)), given("score", "concat")),
+        "params.weight.shape is",
+    ),
+    ("average_pool", options(stride=0), "stride is 0, expected an int of at least 1, or a tuple of"),
+    ("average_pool", options(kernel=99), "kernel is (99"),
+    ("average_pool", options(padding=50), "padding is 50, expected less, so that every window sees a pixel of x"),
+    ("max_pool", options(padding=50), "padding is 50, expected less, so that every window sees a pixel of x"),
+    ("max_pool", options(dilation=1.5), "dilation is 1.5, expected an int of at least 1"),
+    ("batch_norm", options(eps=-1.0), "eps is -1.0, expected a number that is not negative"),
+    (
+        "batch_norm",
+        first(lambda x: x[:1, :, :1], lambda c: c.args[0].ndim == 3 and "stats" not in c.options),
+        "x.shape",
+    ),
+    ("bilinear_resize", first(no_pixels), "x.shape is"),
+    ("bilinear_resize", options(size=(0, 1)), "size is (0, 1), expected"),
+    ("conv", options(stride=0), "stride is 0, expected an int of at least 1"),
+    ("conv", options(groups=0), "groups is 0, expected a positive int"),
+    ("conv", options(groups=7), "groups is 7, expected a divisor of O ="),
+    ("conv", params(lambda p: p._replace(weight=p.weight[..., None])), "params.weight.shape is"),
+    ("conv", first(lambda x: np.concatenate([x, x], 1)), "expected I = C / groups ="),
+    ("conv", options(reflect=True), "unexpected keyword argument 'reflect'"),
+    ("covariance_pool", first(no_pixels), "x.shape is"),
+    ("embedding", lambda c: Call(c.args, c.options | {"ids": np.full((2,), len(c.args[0]))}), "ids is"),
+    ("embedding", options(ids=np.array([-1])), "ids is [-1], expected ids from 0 to"),
+    ("embedding", options(padding_idx=99), "padding_idx is 99, expected None or an id from 0 to"),
+    ("feed_forward", options(activation="swish"), "activation is 'swish', expected one of"),
+    ("group_norm", options(groups=0), "groups is 0, expected a divisor of C ="),
+    ("group_norm", options(groups=7), "groups is 7, expected a divisor of C ="),
+    ("gru_cell", options(z_weighs="young"), "z_weighs is 'young', expected 'old' or 'new'"),
+    (
+        "gru_cell",
+        params(lambda p: p._replace(w_x=None), lambda c: c.args[0].shape[1] != 3 * c.args[1].shape[1]),
+        "w_x is",
+    ),
+    ("layer_norm", options(axes=0), "axes is 0, expected from 1 to"),
+    ("layer_norm", args(lambda x, p: (x[..., :0], None)), "x.shape is"),
+    (
+        "layer_norm",
+        params(lambda p: tree_map(lambda a: a[..., None].repeat(2, -1), p), lambda c: c.args[1] is not None),
+        "params.gamma.shape is",
+    ),
+    ("layer_norm", options(eps=-1.0), "eps is -1.0, expected more than 0"),
+    ("log_softmax", options(axis=3), "axis is 3, expected an axis of an array of shape"),
+    ("logsumexp", options(axis=-4), "axis is -4, expected an axis of an array of shape"),
+    ("matrix_sqrt", options(iterations=1), "iterations is 1, expected at least 2"),
+    ("matrix_sqrt", first(np.zeros_like), "trace of s is"),
+    ("maxout", options(pieces=0), "pieces is 0, expected a positive int"),
+    ("maxout", options(pieces=97), "pieces is 97, expected a divisor of D ="),
+    ("recurrent", options(direction="sideways"), "direction is 'sideways', expected one of"),
+    ("recurrent", options(padded="keep"), "padded is 'keep', expected 'zero' or 'hold'"),
+    ("recurrent", lambda c: Call((no_steps(c.args[0]), *c.args[1:]), c.options | {"mask": None}), "x.shape is"),
+    ("recurrent", params(lambda p: p._replace(cells=())), "len(params.cells) is 0, expected a positive multiple"),
+    ("recurrent", params(lambda p: p._replace(cells=(conv.Params(np.zeros((1, 1, 1))),) * 2)), "params.cells is"),
+    (
+        "recurrent",
+        params(
+            lambda p: p._replace(cells=(p.cells[0], rnn_cell.init(np.random.default_rng(0), 9, 7))),
+            lambda c: isinstance(c.args[2].cells[0], rnn_cell.Params),
+        ),
+        "w_h.shape is",
+    ),
+    ("recurrent", first(lambda x: np.concatenate([x, x], 2)), "w_x.shape is"),
+    (
+        "recurrent",
+        args(lambda x, s, p: (x, tree_map(lambda a: a.repeat(2, 1), s), p), lambda c: c.args[1] is not None),
+        "state.h.shape is",
+    ),
+    ("recurrent_cell", params(lambda p: ()), "params is <class 'tuple'>, expected Params of rnn_cell"),
+    (
+        "recurrent_cell",
+        args(lambda x, s, p: (x, s._replace(c=None), p), lambda c: isinstance(c.args[2], lstm_cell.Params)),
+        "state.c is 'NoneType', expected an array for an LSTM",
+    ),
+    ("rms_norm", args(lambda x, p: (x[..., :0], None)), "x.shape is"),
+    ("rms_norm", options(eps=-1.0), "eps is -1.0, expected more than 0"),
+    ("softmax", options(axis=3), "axis is 3, expected an axis of an array of shape"),
+    # --- channel
+    ("bam_channel", options(pool="circle"), "pool is 'circle', expected 'square' or 'global'"),
+    (
+        "bam_channel",
+        lambda c: Call((np.ones((2, c.args[0].shape[1], 4, 9)), c.args[1]), c.options | {"pool": "square"}),
+        "expected H <= W < 2 H with pool='square'; or pool='global'",
+    ),
+    (
+        "bam_channel",
+        lambda c: options(stats=c.options["stats"]._replace(hidden=()))(c) if c.options.get("stats") else None,
+        "stats is",
+    ),
+    ("cbam_channel", options(pools=()), "pools is (), expected a tuple of one or more of"),
+    ("cbam_channel", options(pools=("avg", "median")), "pools is ('avg', 'median'), expected"),
+    (
+        "efficient_channel",
+        params(lambda p: p._replace(weight=np.ones((7, 3)), bias=None)),
+        "expected one filter, or one",
+    ),
+    ("efficient_channel", params(lambda p: p._replace(weight=np.ones((1, 2)), bias=None)), "expected an odd number K"),
+    ("selective_kernel", params(lambda p: p._replace(branches=p.branches[:1])), "len(params.branches) is 1, expected"),
+    ("selective_kernel", options(dilations=(1,)), "dilations is (1,), expected"),
+    (
+        "selective_kernel",
+        lambda c: options(stats=c.options["stats"]._replace(branches=()))(c) if c.options.get("stats") else None,
+        "len(stats.branches) is 0",
+    ),
+    ("selective_kernel", first(lambda x: x[:, :1], given("split_input", True)), "expected a multiple of"),
+    (
+        "selective_kernel",
+        params(lambda p: tree_map(lambda a: a.repeat(2, -1) if a.ndim == 4 else a, p)),
+        "and an odd kernel",
+    ),
+    (
+        "selective_kernel",
+        params(lambda p: p._replace(select=tree_map(lambda a: a.repeat(2, 0), p.select))),
+        "params.select.weight.shape is",
+    ),
+    ("simam", options(lam=0.0), "lam is 0.0, expected a positive number"),
+    ("simam", first(lambda x: x[:, :, :1, :1], given("unbiased", True)), "expected at least two pixels"),
+    # --- spatial
+    (
+        "bam_spatial",
+        lambda c: (
+            options(stats=c.options["stats"]._replace(dilated=()))(c)
+            if c.options.get("stats") and c.args[1].dilated
+            else None
+        ),
+        "stats.dilated is ()",
+    ),
+    (
+        "bam_spatial",
+        params(
+            lambda p: p._replace(dilated=tree_map(lambda a: a[..., :1] if a.ndim == 4 else a, p.dilated)),
+            lambda c: c.args[1].dilated,
+        ),
+        "expected 3 by 3 only",
+    ),
+    ("cbam_spatial", options(maps=("max",)), "maps is ('max',), expected ('max', 'avg') or ('avg', 'max')"),
+    ("cbam_spatial", params(lambda p: p._replace(weight=np.ones((1, 2, 2, 3)))), "expected odd K and L"),
+    (
+        "cbam_spatial",
+        lambda c: Call((c.args[0], c.args[1]._replace(norm=None)), c.options) if c.options.get("stats") else None,
+        "expected None, as params.norm is",
+    ),
+    ("context_feature_extraction", params(lambda p: p._replace(branches=())), "expected at least one"),
+    ("context_feature_extraction", options(dilations=()), "dilations is (), expected"),
+    (
+        "context_feature_extraction",
+        params(lambda p: tree_map(lambda a: a.repeat(2, -1) if a.ndim == 4 else a, p)),
+        "expected a kernel with odd sides",
+    ),
+    (
+        "pyramid_spatial",
+        params(lambda p: tree_map(lambda a: a.repeat(2, -1) if a.ndim == 4 else a, p)),
+        "expected a kernel with odd sides",
+    ),
+    ("non_local", options(mode="cosine"), "mode is 'cosine', expected one of"),
+    ("non_local", options(pool="twice"), "pool is 'twice', expected"),
+    ("non_local", params(lambda p: p._replace(theta=None), given("mode", "dot_product")), "params.theta is None"),
+    (
+        "non_local",
+        lambda c: Call((c.args[0], c.args[1]._replace(norm=None)), c.options) if c.options.get("stats") else None,
+        "expected None without params.norm",
+    ),
+    (
+        "non_local",
+        lambda c: Call((np.ones((*c.args[0].shape[:2], 2, 2, 2, 2)), c.args[1]), c.options | {"pool": "before"}),
+        "expected 1 to 3 axes of space",
+    ),
+    ("non_local", lambda c: Call((c.args[0][..., :1], c.args[1]), c.options | {"pool": "after"}), "space of at least"),
+    # --- temporal
+    (
+        "additive",
+        params(lambda p: p._replace(v=0 * p.v), lambda c: c.args[-1].g is not None),
+        "expected a direction, not all zeros",
+    ),
+    (
+        "additive_decoder",
+        lambda c: Call((no_steps(c.args[0]), *c.args[1:]), c.options | {"target_mask": None}),
+        "expected at least one step",
+    ),
+    ("additive_decoder", options(z_weighs="young"), "z_weighs is 'young', expected 'old' or 'new'"),
+    ("attention_wrapper", first(no_steps), "expected at least one step"),
+    ("attention_wrapper", options(output="both"), "output is 'both', expected 'attention' or 'cell'"),
+    ("attention_wrapper", params(lambda p: p._replace(attention=())), "expected Params of additive or of"),
+    ("local_attention", options(window=-1), "window is -1, expected an int of at least"),
+    ("local_attention", options(gaussian="both"), "gaussian is 'both', expected 'weights' or 'scores'"),
+    ("local_attention", options(start=-1), "start is -1, expected an int of at least 0"),
+    (
+        "local_attention",
+        lambda c: options(lengths=np.full(len(c.args[0]), 99))(c),
+        "expected lengths from 0 to S =",
+    ),
+    ("luong_decoder", first(no_steps), "expected at least one step"),
+    ("luong_decoder", params(lambda p: p._replace(attention=())), "expected Params of multiplicative or of"),
+    ("luong_decoder", options(given("window", None), window=3), "window is 3, expected None"),
+    ("luong_decoder", lambda c: options(lengths=np.full(len(c.args[0]), 99))(c), "expected lengths from 0 to S ="),
+    ("rnn_search", options(gru="keras"), "gru is 'keras', expected one of"),
+    ("rnn_search", lambda c: options(target=no_steps(c.options["target"]))(c), "expected at least one word"),
+    (
+        "rnn_search",
+        lambda c: options(lengths=np.full(len(c.options["source"]), 99))(c),
+        "expected lengths from 0 to",
+    ),
+    (
+        "rnn_search",
+        params(lambda p: p._replace(encoder=p.encoder._replace(cells=p.encoder.cells * 3))),
+        "expected one or two of gru_cell.Params",
+    ),
+    (
+        "rnn_search",
+        params(lambda p: p._replace(read=tree_map(lambda a: a.repeat(2, 0), p.read))),
+        "params.read.weight.shape is",
+    ),
+    (
+        "rnn_search",
+        params(
+            lambda p: p._replace(word=p.word._replace(weight=p.word.weight.repeat(2, 1))),
+            lambda c: c.args[-1].deep is None,
+        ),
+        "params.word.weight.shape is",
+    ),
+    # --- dot product
+    ("multi_head", options(heads=0), "heads is 0, expected a positive int"),
+    ("multi_head", options(heads=97), "heads is 97, expected a divisor of"),
+    (
+        "multi_head",
+        lambda c: options(mask=c.options["mask"].repeat(2, 1))(c) if c.options.get("mask") is not None else None,
+        "mask.shape is",
+    ),
+    ("scaled_dot_product", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    ("scaled_dot_product", args(lambda q, k, v: (q[..., :0], k[..., :0], v)), "expected at least one feature"),
+    ("transformer_encoder_layer", options(activation="swish"), "activation is 'swish', expected one of"),
+    # --- mixed
+    ("bam", options(combine="max"), "combine is 'max', expected 'mul' or 'add'"),
+    (
+        "cbam",
+        lambda c: Call((c.args[0], c.args[1]._replace(spatial=None)), c.options) if c.options.get("stats") else None,
+        "expected None, as params.spatial is",
+    ),
+]
+
+
+def change(name, how):
+    """The first drawn call of a mechanism that the row suits, changed."""
+    for seed in SEEDS:
+        changed = how(everything()[name].example(RandomDraw(seed)))
+        if changed is not None:
+            return changed
+    raise LookupError(f"{name}: no drawn call suits this row")
+
+
+@pytest.mark.parametrize(("name", "how", "words"), BAD, ids=[f"{name}-{words}" for name, _, words in BAD])
+def test_refused(name, how, words):
+    call = change(name, how)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        everything()[name].forward(*call.args, **call.options)
+    assert words in str(caught.value) and "expected" in str(caught.value), str(caught.value)
+
+
+def expect_sites():
+    """Where `expect` is called below primitives/ and attention/, and in windows.py: {file: [(first, last line)]}."""
+    files = [ROOT / "windows.py", *(ROOT / "primitives").glob("*.py"), *(ROOT / "attention").rglob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "expect":
+                yield str(path), node.lineno, node.end_lineno
+
+
+def fired(name, how):
+    """The file and line of the `expect` that a row sets off."""
+    call = change(name, how)
+    try:
+        everything()[name].forward(*call.args, **call.options)
+    except (ValueError, TypeError) as error:
+        frames, frame = [], error.__traceback__
+        while frame is not None:
+            frames.append((frame.tb_frame.f_code.co_name, frame.tb_frame.f_code.co_filename, frame.tb_lineno))
+            frame = frame.tb_next
+        if frames[-1][0] == "expect":
+            return frames[-2][1:]
+    return None
+
+
+def test_every_check_is_reached():
+    lines = {line for line in (fired(name, how) for name, how, _ in BAD) if line}
+    silent = [
+        f"{Path(path).name}:{start}"
+        for path, start, end in expect_sites()
+        if not any(file == path and start <= line <= end for file, line in lines)
+    ]
+    assert not silent, f"checks that no row of BAD sets off: {silent}"
