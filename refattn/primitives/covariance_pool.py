@@ -22,8 +22,6 @@ Choices
 import math
 from typing import NamedTuple
 
-import numpy as np
-
 from refattn.core import About, Array, Call, Shaped, expect, shaped
 
 

@@ -9,7 +9,7 @@ from tests.definitions import batch_norm, conv
 
 def element(args, options, where, index):
     x, (branches, squeeze, select) = args
-    n, c, i, j = index
+    n, c, *_ = index
     count, (batch, inputs, *_), stats, eps = len(branches), x.shape, options["stats"], options["eps"]
     maps = []
     for m, (kernel, norm) in enumerate(branches):

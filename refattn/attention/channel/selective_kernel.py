@@ -60,7 +60,7 @@ class Saved(NamedTuple):
 
 
 def init(rng, inputs, outputs, kernels=(3, 3), groups=32, reduction=16, least=32, split_input=False):
-    """Each part as its own file starts it, no biases; one kernel size per branch, D = max(outputs / reduction, least)."""
+    """Each part as its own file starts it, without biases; one of `kernels` per branch, D = max(C / reduction, least)."""
     hidden, inputs = max(outputs // reduction, least), inputs // len(kernels) if split_input else inputs
     return Params(
         branches=tuple(conv_norm_relu.init(rng, inputs, outputs, (k, k), groups) for k in kernels),
@@ -139,7 +139,7 @@ def _check(x, params, dilations, split_input, stats):
         expected = f"C = {channels} from params.squeeze, and an odd kernel"
         expect(fits, f"{where} params.branches[{m}].conv.weight.shape", shape, expected)
     shape = params.select.weight.shape
-    expect(shape[0] == count * channels, f"{where} params.select.weight.shape", shape, f"M C = {count} {channels} first")
+    expect(shape[0] == count * channels, f"{where} params.select.weight.shape", shape, f"M C = {count * channels} rows")
 
 
 def example(draw):
@@ -148,18 +148,20 @@ def example(draw):
     inputs = groups * draw.size("I / groups", high=2) * (count if split_input else 1)
     outputs = groups * draw.size("C / groups", high=2)
     params = init(draw.rng, inputs, outputs, kernels, groups, reduction=1, least=2, split_input=split_input)
+    options = {"stride": draw.choice("stride", 1, 2), "groups": groups, "split_input": split_input}
+    options["dilations"] = tuple(draw.size(f"dilation {m}", high=3) for m in range(count))
     training = draw.choice("training", True, False)
-    stats, eps = None, 0.1  # large, because rounding grows by 1 / sqrt(eps) where a batch has no variance
-    if not training:
-        eps = draw.choice("eps", 1e-5, 1e-3)
-        stats = draw.like(init_stats(params))
-        positive = [batch_norm.Stats(mean, var * var + 0.5) for mean, var in (*stats.branches, stats.squeeze)]
-        stats = Stats(tuple(positive[:-1]), positive[-1])
+    options["stats"] = None if training else _example_stats(draw, params)
+    options["eps"] = 0.1 if training else 1e-5  # rounding grows by 1 / sqrt(eps) where a batch has no variance
     x = draw.array(draw.size("N", low=3 if training else 1), inputs, draw.size("H", high=3), draw.size("W", high=3))
-    options = {"stride": draw.choice("stride", 1, 2), "dilations": tuple(draw.size("dilation", high=3) for _ in kernels)}
-    options |= {"groups": groups, "split_input": split_input, "stats": stats, "eps": eps}
     params = tree_map(lambda p: p / 4 + 1 / 32, draw.like(params))  # never 0, where a ReLU has its kink
     return Call((x, params), options)
+
+
+def _example_stats(draw, params):
+    branches, squeeze = draw.like(init_stats(params))
+    *branches, squeeze = (s._replace(var=s.var**2 + 0.5) for s in (*branches, squeeze))
+    return Stats(tuple(branches), squeeze)
 
 
 ABOUT = About(
