@@ -96,10 +96,9 @@ def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, 
 
 
 def example(draw):
-    channels, height = draw.size("C", low=3, high=5), draw.size("H", low=2, high=3)
-    shape = draw.size("N", low=3), channels, height, draw.size("W", low=height, high=3)
-    layers, dilated = draw.choice("layers", 2, 1), draw.choice("dilated", 2, 1)
-    params = init(draw.rng, channels, draw.choice("reduction", 1, 2), layers, dilated)
+    channels, height = draw.size("C", low=3), draw.size("H", low=2, high=3)
+    shape = draw.size("N", low=3, high=3), channels, height, draw.size("W", low=height, high=3)
+    params = init(draw.rng, channels, 2, draw.size("layers", low=0, high=1), draw.size("dilated", low=0, high=1))
     start = draw.rng.normal(size=shape), params  # batch normalisation is near singular where nothing varies
     x, params = tree_map(lambda s, d: s + d / 4, start, draw.like(start))
     stats = None
