@@ -60,7 +60,7 @@ class Saved(NamedTuple):
 
 
 def init(rng, inputs, outputs, kernels=(3, 3), groups=32, reduction=16, least=32, split_input=False):
-    """Each part as its own file starts it, without biases; one of `kernels` per branch, D = max(C / reduction, least)."""
+    """Each part as its own file starts it, without biases; one kernel per branch, D = max(C / reduction, least)."""
     hidden, inputs = max(outputs // reduction, least), inputs // len(kernels) if split_input else inputs
     return Params(
         branches=tuple(conv_norm_relu.init(rng, inputs, outputs, (k, k), groups) for k in kernels),
