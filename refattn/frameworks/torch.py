@@ -13,6 +13,8 @@ from refattn.attention.dot_product import multi_head
 from refattn.core import Call, leaves, tree_map
 from refattn.frameworks import Target
 from refattn.oracle.contract import NotHandled
+from refattn.primitives.gru_cell import Params as gru_cell_reference
+from refattn.primitives.lstm_cell import Params as lstm_cell_reference
 
 VERSION = torch.__version__
 
@@ -25,8 +27,7 @@ def run(candidate, args, options, dout):
     plain = tree_map(lambda y: y.detach().numpy() if isinstance(y, torch.Tensor) else y, result)
     if dout is None:
         return plain, None
-    pairs = [(y, _tensor(d)) for (_, y), (_, d) in zip(leaves(result), leaves(dout))]
-    pairs = [(y, d) for y, d in pairs if getattr(y, "requires_grad", False) and (y.shape, y.dtype) == (d.shape, d.dtype)]
+    pairs = [(y, _tensor(d)) for (_, y), (_, d) in zip(leaves(result), leaves(dout)) if _differentiable(y, d)]
     inputs = [x for _, x in leaves(args)]
     grads = [None] * len(inputs)
     if pairs and inputs:
@@ -38,6 +39,10 @@ def run(candidate, args, options, dout):
 
 def _tensor(x):
     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+
+def _differentiable(y, d):
+    return isinstance(y, torch.Tensor) and y.requires_grad and y.shape == d.shape and y.dtype == _tensor(d).dtype
 
 
 def _array(gradient):
@@ -73,12 +78,27 @@ def layer_norm(x, params=None, *, axes, eps):
     return F.layer_norm(x, x.shape[-axes:], gamma, beta, eps)
 
 
+def group_norm(x, params=None, *, groups, eps):
+    if x[:, :1].numel() * x.shape[1] == len(x) * groups:
+        raise NotHandled("groups of one number")
+    gamma, beta = params or (None, None)
+    return F.group_norm(x, groups, gamma, beta, eps)
+
+
+def rms_norm(x, params=None, *, eps):
+    return F.rms_norm(x, x.shape[-1:], params and params.gamma, eps)
+
+
 def softmax(s, *, axis):
     return F.softmax(s, axis)
 
 
 def log_softmax(s, *, axis):
     return F.log_softmax(s, axis)
+
+
+def logsumexp(s, *, axis, keepdims):
+    return torch.logsumexp(s, axis, keepdims)
 
 
 def max_pool(x, *, kernel, stride, padding, dilation):
@@ -107,6 +127,19 @@ def bilinear_resize(x, *, size, align_corners):
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
+def bilinear_example(draw):
+    """Steps of a power of two, whose positions are exact: torch rounds the others, the reference has them exactly."""
+    align_corners, grow = draw.choice("align_corners", True, False), draw.choice("grow", True, False)
+    before, after = [], []
+    for axis in "HW":
+        few, factor = draw.size(axis), draw.choice("factor", 1, 2, 4)
+        many = (few - 1) * factor + 1 if align_corners else few * factor
+        before.append(few if grow else many)
+        after.append(many if grow else few)
+    options = {"size": tuple(after), "align_corners": align_corners}
+    return Call((draw.array(draw.size("N", high=2), draw.size("C", high=2), *before),), options)
+
+
 def embedding(table, *, ids, padding_idx):
     return F.embedding(ids, table, padding_idx)
 
@@ -130,17 +163,15 @@ def _cell(kind, x, state, params):
 
 
 def _cell_weights(params, suffix=""):
-    """torch's names, the gates below one another; it has both biases or none."""
+    """By torch's names, the gates one below the other; torch has both biases or none."""
     if params.w_x is None:
         raise NotHandled("inputs that are projected already")
-    arrays = {"weight_ih": params.w_x, "weight_hh": params.w_h, "bias_ih": params.b_x, "bias_hh": params.b_h}
-    if params.b_x is None and params.b_h is None:
-        del arrays["bias_ih"], arrays["bias_hh"]
-    hidden = params.w_h.shape[-1]
-    rows = params.w_h.numel() // hidden
-    zero = params.w_h.new_zeros(rows)
-    return {name + suffix: zero if a is None else a.reshape(rows, *a.shape[params.w_h.ndim - 1 :] if "w" in name else ())
-            for name, a in arrays.items()}  # fmt: skip
+    w_x, w_h = (w.reshape(-1, w.shape[-1]) for w in params[:2])
+    weights = {"weight_ih": w_x, "weight_hh": w_h}
+    if params.b_x is not None or params.b_h is not None:
+        biases = (w_h.new_zeros(len(w_h)) if b is None else b.reshape(-1) for b in params[2:])
+        weights |= dict(zip(("bias_ih", "bias_hh"), biases))
+    return {name + suffix: w for name, w in weights.items()}
 
 
 def scaled_dot_product(q, k, v, *, scale):
@@ -159,12 +190,29 @@ def scaled_dot_product_masked(q, k, v, *, scale, mask):
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
+def recurrent(x, state, params, *, direction):
+    cells = params.cells
+    kind = {gru_cell_reference: nn.GRU, lstm_cell_reference: nn.LSTM}.get(type(cells[0]), nn.RNN)
+    ways = 2 if direction == "both" else 1
+    if direction == "backward":
+        raise NotHandled("backward alone")
+    weights = {}
+    for i, cell in enumerate(cells):
+        weights |= _cell_weights(cell, f"_l{i // ways}" + ("_reverse" if i % ways else ""))
+    hidden, bias = cells[0].w_h.shape[-1], "bias_ih_l0" in weights
+    layers = {"num_layers": len(cells) // ways, "bidirectional": ways == 2}
+    module = kind(x.shape[-1], hidden, bias=bias, batch_first=True, **layers)
+    if state is not None:
+        state = tuple(s.transpose(0, 1).contiguous() for s in state if s is not None)
+        state = state if kind is nn.LSTM else state[0]
+    y, final = functional_call(module, weights, (x, state))
+    final = tuple(s.transpose(0, 1) for s in (final if kind is nn.LSTM else (final,)))
+    return y, final
+
+
 def multi_head_attention(q, k, v, params, *, heads, mask, key_mask, is_causal):
-    (wq, bq), (wk, bk), (wv, bv), (wo, bo) = params
-    module = nn.MultiheadAttention(q.shape[-1], heads, bias=bq is not None, batch_first=True)
-    weights = {"in_proj_weight": torch.cat([wq, wk, wv]), "out_proj.weight": wo}
-    if bq is not None:
-        weights |= {"in_proj_bias": torch.cat([bq, bk, bv]), "out_proj.bias": bo}
+    weights = _attention_weights(params)
+    module = nn.MultiheadAttention(q.shape[-1], heads, bias="in_proj_bias" in weights, batch_first=True)
     allowed = torch.ones(q.shape[0], heads, q.shape[1], k.shape[1], dtype=torch.bool) if mask is None else mask
     if is_causal:
         allowed = allowed.tril()
@@ -174,6 +222,13 @@ def multi_head_attention(q, k, v, params, *, heads, mask, key_mask, is_causal):
         "need_weights": False,
     }
     return functional_call(module, weights, (q, k, v), options)[0]
+
+
+def _attention_weights(params):
+    """By torch's names: the first three projections one below the other."""
+    (wq, bq), (wk, bk), (wv, bv), (wo, bo) = params
+    weights = {"in_proj_weight": torch.cat([wq, wk, wv]), "out_proj.weight": wo}
+    return weights if bq is None else weights | {"in_proj_bias": torch.cat([bq, bk, bv]), "out_proj.bias": bo}
 
 
 def multi_head_example(draw):
@@ -191,11 +246,38 @@ def multi_head_example(draw):
     return Call((*(draw.array(*shape) for shape in shapes), draw.like(params)), options)
 
 
+def transformer_encoder_layer(x, params, *, heads, norm_first, activation, key_mask, is_causal, eps):
+    if activation not in ("relu", "gelu"):
+        raise NotHandled(f"activation {activation}")
+    weights = {f"self_attn.{name}": w for name, w in _attention_weights(params.attention).items()}
+    for name, part in params.feed_forward._asdict().items() | {("norm1", params.norm1), ("norm2", params.norm2)}:
+        weights |= {f"{name}.{kind}": w for kind, w in zip(("weight", "bias"), part) if w is not None}
+    module = nn.TransformerEncoderLayer(
+        x.shape[-1],
+        heads,
+        len(weights["linear1.weight"]),
+        dropout=0,
+        activation=activation,
+        layer_norm_eps=eps,
+        batch_first=True,
+        norm_first=norm_first,
+        bias="linear1.bias" in weights,
+    )
+    masks = {
+        "src_mask": torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if is_causal else None,
+        "src_key_padding_mask": None if key_mask is None else ~key_mask,
+        "is_causal": is_causal,
+    }
+    return functional_call(module, weights, (x,), masks)
+
+
 TARGETS = (
     Target("scaled_dot_product_attention", "scaled_dot_product", scaled_dot_product),
     Target("scaled_dot_product_attention, causal", "scaled_dot_product", scaled_dot_product_causal),
     Target("scaled_dot_product_attention, mask", "scaled_dot_product", scaled_dot_product_masked),
     Target("nn.MultiheadAttention", "multi_head", multi_head_attention, multi_head_example),
+    Target("nn.TransformerEncoderLayer", "transformer_encoder_layer", transformer_encoder_layer),
+    Target("nn.RNN, nn.GRU, nn.LSTM", "recurrent", recurrent),
     Target("nn.RNNCell", "rnn_cell", rnn_cell),
     Target("nn.GRUCell", "gru_cell", gru_cell),
     Target("nn.LSTMCell", "lstm_cell", lstm_cell),
@@ -204,12 +286,15 @@ TARGETS = (
     Target("batch_norm, training", "batch_norm", batch_norm_train),
     Target("batch_norm, inference", "batch_norm", batch_norm_eval),
     Target("layer_norm", "layer_norm", layer_norm),
+    Target("group_norm", "group_norm", group_norm),
+    Target("rms_norm", "rms_norm", rms_norm),
     Target("softmax", "softmax", softmax),
     Target("log_softmax", "log_softmax", log_softmax),
+    Target("logsumexp", "logsumexp", logsumexp),
     Target("max_pool", "max_pool", max_pool),
     Target("avg_pool", "average_pool", average_pool),
     Target("adaptive_avg_pool", "adaptive_average_pool", adaptive_average_pool),
     Target("adaptive_max_pool", "adaptive_max_pool", adaptive_max_pool),
-    Target("interpolate, bilinear", "bilinear_resize", bilinear_resize),
+    Target("interpolate, bilinear", "bilinear_resize", bilinear_resize, bilinear_example),
     Target("embedding", "embedding", embedding),
 )

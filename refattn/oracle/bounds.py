@@ -31,8 +31,7 @@ import numpy as np
 from refattn.core import tree_map
 
 SLOPPY = 8.0
-FACTOR = 16.0
-LEVEL = 1 / 16
+FACTOR = 24.0
 RUNS = 24
 
 
@@ -55,12 +54,7 @@ def allowed(value, expected, dtype, seed=0):
             moved = value(lambda tree, noise=noise: tree_map(noise.start, tree))
             total = tree_map(lambda s, y, e: s + (np.asarray(y) - e) ** 2, total, moved, expected)
 
-    def bound(y, squares):
-        scatter = np.sqrt(squares / RUNS) / SLOPPY
-        typical = np.sqrt(np.mean(scatter * scatter)) if scatter.size else 0
-        return u * np.abs(y) + FACTOR * np.where(scatter == 0, 0, np.hypot(scatter, LEVEL * typical))
-
-    return tree_map(bound, expected, total)
+    return tree_map(lambda y, s: u * np.abs(y) + FACTOR * np.sqrt(s / RUNS) / SLOPPY, expected, total)
 
 
 def allowed_of_call(mechanism, call, dout, expected, dtype, seed=0):
@@ -131,6 +125,10 @@ class Noisy(np.ndarray):
     def __array_finalize__(self, source):
         self.noise, self.exact = getattr(source, "noise", None), None
 
+    def __setitem__(self, index, value):
+        self.exact = None
+        super().__setitem__(index, value)
+
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
         noise = next(x.noise for x in (*inputs, *(out or ())) if isinstance(x, Noisy))
         if method == "at" and ufunc is np.add:
@@ -139,6 +137,8 @@ class Noisy(np.ndarray):
         operands = [_plain(x) if exact else noise.use(x) for x in inputs]
         target = {} if out is None else {"out": tuple(map(_plain, out))}
         result = getattr(ufunc, method)(*operands, **target, **kwargs)
+        if out is not None and isinstance(out[0], Noisy):
+            out[0].exact = None
         if exact or isinstance(result, tuple) or result.dtype.kind != "f":
             return noise.wrap(result) if out is None else out[0]
         spread = noise.unit * _growth(ufunc, method, operands, kwargs, result)

@@ -79,7 +79,7 @@ def check(
     gradients=True,
     backward=None,
     example=None,
-    max_examples=24,
+    max_examples=32,
     seed=0,
     name=None,
 ):
@@ -171,7 +171,8 @@ def _due(expected, allowed, theirs, name):
     """Yield (name, expected, allowed, what the candidate has there or None) for every array that is due."""
     if isinstance(expected, tuple):
         for i, field in enumerate(getattr(expected, "_fields", range(len(expected)))):
-            yield from _due(expected[i], allowed[i], _child(theirs, i, field), f"{name}.{field}" if name else str(field))
+            below = f"{name}.{field}" if name else str(field)
+            yield from _due(expected[i], allowed[i], _child(theirs, i, field), below)
     elif expected is not None:
         yield name, expected, allowed, theirs
 

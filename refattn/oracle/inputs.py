@@ -7,7 +7,25 @@ import numpy as np
 from refattn.core import Call, leaves, tree_map
 from refattn.draw import RandomDraw
 
-LARGEST = 2000  # numbers in the arguments of a stretched call, or in its output
+LONG = 16, 40  # how much a stretched size is more than its least
+LARGEST = 3000  # numbers in the arguments of a stretched call, or in its output
+
+
+class Stretched(RandomDraw):
+    """One or two sizes are much larger than the example asks for: the tiles of a kernel must be filled, and overrun."""
+
+    def __init__(self, seed, which):
+        self.rng = Bounded(np.random.PCG64(seed))
+        self.asked, self.which = 0, which  # how many sizes were asked for, and which is long for certain; -1: none is
+
+    def size(self, name, low=1, high=4):
+        self.asked += 1
+        long = self.asked - 1 == self.which or (self.rng.random() < 0.2 and self.which >= 0)
+        return low + int(self.rng.integers(*LONG)) if long else super().size(name, low, high)
+
+    def like(self, tree):
+        """Weights get smaller as they get wider, as they do in every network: what they make is of order one."""
+        return tree_map(lambda leaf: self.array(*leaf.shape) / math.sqrt(max(1, math.prod(leaf.shape[1:]))), tree)
 
 
 class Bounded(np.random.Generator):
@@ -19,30 +37,19 @@ class Bounded(np.random.Generator):
         return super().normal(loc, scale, size)
 
 
-class Stretched(RandomDraw):
-    """Some sizes are larger than the example asks for: the tiles of a kernel must be filled, and overrun."""
-
-    def __init__(self, seed):
-        self.rng = Bounded(np.random.PCG64(seed))
-
-    def size(self, name, low=1, high=4):
-        stretch = 12 if self.rng.random() < 0.4 else 1
-        return super().size(name, low, low + (high - low) * stretch)
-
-    def like(self, tree):
-        """Weights get smaller as they get wider, as they do in every network: what they make is of order one."""
-        return tree_map(lambda leaf: self.array(*leaf.shape) / math.sqrt(max(1, math.prod(leaf.shape[1:]))), tree)
-
-
 def draw_call(mechanism, example, seed):
-    """The call of a seed, a list of numbers: stretched where the last is odd, if the mechanism bears it."""
-    for attempt in range(8 if seed[-1] % 2 else 0):
-        try:
-            call = example(Stretched([*seed, attempt]))
-            if _size(call.args) <= LARGEST and _size(mechanism.forward(*call.args, **call.options)[0]) <= LARGEST:
-                return call
-        except (ValueError, IndexError):
-            pass  # what was drawn as a size must fit something else
+    """The call of a seed, a list of numbers. Two of three are stretched, every size in its turn, if it can be."""
+    turn = seed[-1]
+    if turn % 3:
+        count = Stretched(seed, which=-1)
+        example(count)
+        for attempt in range(turn, turn + 8):
+            try:
+                call = example(Stretched([*seed, attempt], which=attempt % max(1, count.asked)))
+                if _size(call.args) <= LARGEST and _size(mechanism.forward(*call.args, **call.options)[0]) <= LARGEST:
+                    return call
+            except (ValueError, IndexError):
+                pass  # what was drawn as a size must fit something else
     return example(RandomDraw(seed))
 
 
@@ -71,7 +78,7 @@ def rounded(call, dtype):
 
 def in_words(call, names):
     """q (2, 3), k (4, 3), is_causal=True"""
-    arrays = [f"{name}{path and '.' + path} {x.shape}" for name, arg in zip(names, call.args) for path, x in leaves(arg)]
+    arrays = [f"{path} {x.shape}" for name, arg in zip(names, call.args) for path, x in leaves(arg, name)]
     options = [f"{k}={_short(v)}" for k, v in call.options.items()]
     return ", ".join(arrays + options)
 
