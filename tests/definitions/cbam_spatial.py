@@ -27,7 +27,7 @@ def element(args, options, where, index):
     f = logit(n, i, j)
     if norm is not None:
         if options["stats"] is not None:
-            mean, var = (float(s[0]) for s in options["stats"].norm)
+            mean, var = (float(s[0]) for s in options["stats"])
         else:
             every = [logit(*at) for at in itertools.product(range(batch), range(height), range(width))]
             mean = sum(every) / len(every)

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from refattn.attention.channel import cbam_channel
 from refattn.attention.spatial import cbam_spatial
 from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.primitives import batch_norm
 
 
 class Params(NamedTuple):
@@ -53,7 +54,7 @@ def forward(
     *,
     pools: tuple = ("avg", "max"),
     maps: tuple = ("max", "avg"),
-    stats: cbam_spatial.Stats | None = None,
+    stats: batch_norm.Stats | None = None,
 ) -> tuple[Shaped[Array, "N C H W"], Saved]:
     expect(stats is None or params.spatial is not None, "cbam.forward: stats", stats, "None, as params.spatial is")
     y, channel = cbam_channel.forward(x, params.channel, pools=pools)

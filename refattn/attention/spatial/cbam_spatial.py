@@ -24,7 +24,7 @@ Backward, with a bar for "gradient of the loss with respect to"
 Choices
     The authors' code puts the maximum before the mean, the paper after it: maps=("avg", "max").
     The authors' code normalises f, with one gamma and one beta, the paper does not: params.norm=None.
-    stats=None is training, given Stats are inference.
+    stats=None is training, given stats are inference.
 """
 
 import math
@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.core import About, Array, Call, Shaped, expect, shaped, tree_map
+from refattn.core import About, Array, Call, Shaped, expect, shaped
 from refattn.elementwise import sigmoid
 from refattn.primitives import batch_norm, conv
 
@@ -40,10 +40,6 @@ from refattn.primitives import batch_norm, conv
 class Params(NamedTuple):
     weight: Shaped[Array, "1 2 K L"]
     norm: batch_norm.Params | None = None
-
-
-class Stats(NamedTuple):
-    norm: batch_norm.Stats
 
 
 class Saved(NamedTuple):
@@ -60,14 +56,13 @@ def init(rng, kernel=7, norm=True):
     return Params(weight, batch_norm.Params(np.zeros(1), np.zeros(1)) if norm else None)
 
 
-def init_stats():
-    """The running statistics before the first batch."""
-    return Stats(batch_norm.init_stats(1))
-
-
 @shaped
 def forward(
-    x: Shaped[Array, "N C H W"], params: Params, *, maps: tuple = ("max", "avg"), stats: Stats | None = None
+    x: Shaped[Array, "N C H W"],
+    params: Params,
+    *,
+    maps: tuple = ("max", "avg"),
+    stats: batch_norm.Stats | None = None,
 ) -> tuple[Shaped[Array, "N C H W"], Saved]:
     where, kernel = "cbam_spatial.forward:", params.weight.shape[2:]
     expect(maps in (("max", "avg"), ("avg", "max")), f"{where} maps", maps, "('max', 'avg') or ('avg', 'max')")
@@ -77,7 +72,7 @@ def forward(
     f, convolved = conv.forward(q, conv.Params(params.weight), padding=tuple(k // 2 for k in kernel))
     normed = None
     if params.norm is not None:
-        f, normed = batch_norm.forward(f, params.norm, stats=None if stats is None else stats.norm)
+        f, normed = batch_norm.forward(f, params.norm, stats=stats)
     gate = sigmoid(f)
     return x * gate, Saved(x, gate, convolved, normed, maps)
 
@@ -120,8 +115,8 @@ def example(draw):
     norm, stats = draw.choice("norm", "none", "training", "inference"), None
     params = draw.like(init(draw.rng, draw.choice("kernel", 1, 3, 7), norm != "none"))
     if norm == "inference":
-        stats = init_stats()  # mean 0, variance 1
-        stats = tree_map(lambda s, d: np.where(s > 0, d * d + 0.5, d), stats, draw.like(stats))
+        mean, var = draw.like(batch_norm.init_stats(1))
+        stats = batch_norm.Stats(mean, var * var + 0.5)
     return Call((x, params), {"maps": draw.choice("maps", ("max", "avg"), ("avg", "max")), "stats": stats})
 
 
