@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from refattn.attention.dot_product import multi_head, scaled_dot_product, transformer_encoder_layer
+from refattn.attention.dot_product import (
+    multi_head,
+    scaled_dot_product,
+    transformer_decoder_layer,
+    transformer_encoder_layer,
+)
 from refattn.attention.temporal import additive, additive_decoder, multiplicative
 from refattn.core import leaves, tree_map
 from refattn.elementwise import relu
@@ -333,6 +338,34 @@ def test_an_encoder_layer_never_reads_padding(rng):
     z, (dz, dshorter) = run(transformer_encoder_layer, x[:, :3], params, heads=2, dout=dout[:, :3])
     same((y[:, :3], dx[:, :3], dparams), (z, dz, dshorter))
     assert (dx[:, 3] == 0).all()
+
+
+def test_a_decoder_layer_that_ignores_the_memory_is_a_causal_encoder_layer(rng):
+    """With norm before, a cross-attention without output adds nothing, and the memory gets no gradient."""
+    x, memory = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 6))
+    params = like(rng, transformer_decoder_layer.init(rng, 4, 5, memory_features=6))
+    deaf = params.cross_attention._replace(out=tree_map(np.zeros_like, params.cross_attention.out))
+    y, (dx, dmemory, dparams) = run(
+        transformer_decoder_layer, x, memory, params._replace(cross_attention=deaf), heads=2, norm_first=True
+    )
+    alike = transformer_encoder_layer.Params(params.attention, params.norm1, params.feed_forward, params.norm3)
+    z, (dz, dalike) = run(transformer_encoder_layer, x, alike, heads=2, norm_first=True, is_causal=True)
+    same((y, dx), (z, dz))
+    same((dparams.attention, dparams.norm1, dparams.feed_forward, dparams.norm3), tuple(dalike))
+    assert (dmemory == 0).all()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_decoder_layer_never_revises(rng, norm_first):
+    x, memory = rng.normal(size=(2, 5, 4)), rng.normal(size=(2, 3, 4))
+    params, dout = like(rng, transformer_decoder_layer.init(rng, 4, 5)), rng.normal(size=x.shape)
+    dout[:, 4] = 0
+    y, grads = run(transformer_decoder_layer, x, memory, params, heads=2, norm_first=norm_first, dout=dout)
+    z, others = run(
+        transformer_decoder_layer, x[:, :4], memory, params, heads=2, norm_first=norm_first, dout=dout[:, :4]
+    )
+    same((y[:, :4], grads[0][:, :4], *grads[1:]), (z, *others))
+    assert (grads[0][:, 4] == 0).all()
 
 
 # --- recurrent networks and their attention -----------------------------------------------------------------

@@ -25,6 +25,8 @@ FAULTS = {
 ALWAYS_ZERO = {  # gradients that no factor can spoil: what must be noticed is something made of nothing
     ("multi_head", "3.k.bias"): "it adds the same to all scores of a query, which softmax does not see",
     ("transformer_encoder_layer", "1.attention.k.bias"): "as in multi_head",
+    ("transformer_decoder_layer", "2.attention.k.bias"): "as in multi_head",
+    ("transformer_decoder_layer", "2.cross_attention.k.bias"): "as in multi_head",
     ("additive", "2.b"): "it adds the same to all scores, which softmax does not see",
     ("additive_decoder", "3.attention.b"): "as in additive",
 }

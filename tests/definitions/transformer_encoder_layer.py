@@ -7,17 +7,19 @@ def element(args, options, where, index):
     x, params = args
     item, token, feature = index
     tokens = [[float(number) for number in row] for row in x[item]]
-    dropout = options["dropout"]
+    attention_dropout, hidden_dropout, out_dropout = options["dropout"] or (None, None, None)
+
+    def seen(i, j):
+        return (options["key_mask"] is None or options["key_mask"][item, j]) and (j <= i or not options["is_causal"])
 
     def attended(rows):
-        out = attention(rows, params.attention, item, options)
-        return dropped(out, dropout.attention, item)
+        return dropped(attention(rows, rows, params.attention, options["heads"], seen), attention_dropout, item)
 
     def fed(rows):
         (w1, b1), (w2, b2) = params.feed_forward
         hidden = [[ACTIVATION[options["activation"]](a) for a in affine(row, w1, b1)] for row in rows]
-        out = [affine(row, w2, b2) for row in dropped(hidden, dropout.hidden, item)]
-        return dropped(out, dropout.feed_forward, item)
+        out = [affine(row, w2, b2) for row in dropped(hidden, hidden_dropout, item)]
+        return dropped(out, out_dropout, item)
 
     for part, norm in ((attended, params.norm1), (fed, params.norm2)):
         if options["norm_first"]:
@@ -27,22 +29,20 @@ def element(args, options, where, index):
     return tokens[token][feature]
 
 
-def attention(rows, params, item, options):
-    q, k, v = ([affine(row, *projection) for row in rows] for projection in params[:3])
-    size = len(q[0]) // options["heads"]
+def attention(rows, memory, params, heads, seen):
+    """What every row makes of those rows of the memory that it may see."""
+    q = [affine(row, *params.q) for row in rows]
+    k, v = ([affine(row, *projection) for row in memory] for projection in (params.k, params.v))
+    size = len(q[0]) // heads
     joined = [[] for _ in rows]
     for i in range(len(rows)):
-        seen = [
-            j
-            for j in range(len(rows))
-            if (options["key_mask"] is None or options["key_mask"][item, j]) and (j <= i or not options["is_causal"])
-        ]
-        for h in range(options["heads"]):
+        keys = [j for j in range(len(memory)) if seen(i, j)]
+        for h in range(heads):
             units = range(h * size, (h + 1) * size)
-            score = {j: sum(q[i][u] * k[j][u] for u in units) / size**0.5 for j in seen}
-            e = {j: math.exp(score[j] - max(score.values())) for j in seen}
-            joined[i] += [sum(e[j] * v[j][u] for j in seen) / sum(e.values()) if seen else 0.0 for u in units]
-    return [affine(row, *params[3]) for row in joined]
+            score = {j: sum(q[i][u] * k[j][u] for u in units) / size**0.5 for j in keys}
+            e = {j: math.exp(score[j] - max(score.values())) for j in keys}
+            joined[i] += [sum(e[j] * v[j][u] for j in keys) / sum(e.values()) if keys else 0.0 for u in units]
+    return [affine(row, *params.out) for row in joined]
 
 
 def normalised(row, params, eps):

@@ -140,14 +140,14 @@ def example(draw):
     b, t, hidden = draw.size("B", high=2), draw.size("T", high=3), draw.size("M", high=3)
     features = heads * draw.size("D / heads", high=3)
     params = draw.like(init(draw.rng, features, hidden, bias=draw.choice("bias", True, False)))
-    sizes = Dropout(features, hidden, features) if draw.choice("dropout", False, True) else ()
+    dropout = Dropout(*(2.0 * draw.mask(b, t, size) for size in (features, hidden, features)))
     options = {
         "heads": heads,
         "norm_first": draw.choice("norm_first", False, True),
         "activation": draw.choice("activation", *feed_forward.ACTIVATIONS),
         "key_mask": draw.mask(b, t) if draw.choice("padded", False, True) else None,
         "is_causal": draw.choice("is_causal", False, True),
-        "dropout": Dropout(*(2.0 * draw.mask(b, t, size) for size in sizes)),
+        "dropout": draw.choice("dropout", None, dropout),
         "eps": draw.choice("eps", 0.01, 0.5),
     }
     return Call((draw.array(b, t, features), params), options)
