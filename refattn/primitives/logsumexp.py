@@ -60,4 +60,4 @@ def example(draw):
     return Call((draw.array(*shape),), {"axis": axis, "keepdims": draw.choice("keepdims", False, True), "mask": mask})
 
 
-ABOUT = About(weights="p", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))
+ABOUT = About(weights="p", laws=("weights_in_unit_interval",), witnesses=("framework", "definition", "relation"))
