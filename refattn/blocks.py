@@ -1,55 +1,44 @@
-"""Large arrays some channels at a time, on all cores: for work that treats every channel for itself.
-
-An operation on a large array waits for memory, and a temporary of its size costs more than its arithmetic. In a
-block of channels the temporaries are small and stay in the cache. Blocks depend on shapes alone: the result is the
-same to the last bit on any number of cores.
-"""
+"""Work that treats every channel for itself, done on large arrays part by part, and the parts on all cores."""
 
 import contextvars
 import functools
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-BLOCK = 2**19  # bytes of the first array in one block: a few such arrays fit into a core's cache
+from refattn.core import tree_map
+
+PART = 2**22  # bytes: threads gain nothing on less, and much more does not stay in the cache
 
 
-def by_channels(function, *arrays):
-    """function(*arrays), a tuple of arrays; channels are axis 1 of everything, or axis 0 where there is no other."""
-    channels, nbytes = arrays[0].shape[1], arrays[0].nbytes
-    step = max(1, BLOCK * channels // max(nbytes, 1))
-    if step >= channels:
-        return function(*arrays)
+def by_channels(function, *trees, expansion=1):
+    """function(*trees) for some channels at a time: it fills arrays that are large, and returns a tree of small ones.
 
-    def apply(start):
-        return function(*(a[_channels(a, start, step)] for a in arrays))
-
-    def fill(start, parts):
-        for whole, part in zip(results, parts):
-            whole[_channels(whole, start, step)] = part
-
-    first = apply(0)
-    results = tuple(np.empty((*p.shape[: p.ndim > 1], channels, *p.shape[2:]), p.dtype) for p in first)
-    fill(0, first)
-    on_all_cores(lambda start: fill(start, apply(start)), range(step, channels, step))
-    return results
+    Channels are axis 1 of every array, or axis 0 of one with a single axis, as all those that are returned. The first
+    tree is an array, and the temporaries of `function` are `expansion` times as large. Parts depend on sizes alone,
+    not on the machine.
+    """
+    channels = trees[0].shape[1]
+    parts = min(channels, -(-expansion * trees[0].nbytes // PART))
+    if parts <= 1:
+        return function(*trees)
+    edges = [channels * i // parts for i in range(parts + 1)]
+    first, *others = (_channels(trees, slice(start, stop)) for start, stop in itertools.pairwise(edges))
+    # NumPy lets go of Python's lock while it computes; the context brings np.errstate along
+    tasks = [_workers().submit(contextvars.copy_context().run, function, *some) for some in others]
+    results = [function(*first), *(task.result() for task in tasks)]
+    return tree_map(lambda *small: np.concatenate(small), *results)
 
 
-def _channels(array, start, step):
-    return (*(slice(None),) * (array.ndim > 1), slice(start, start + step))
-
-
-def on_all_cores(work, items):
-    """work(item) for all items, several at a time: NumPy lets go of Python's lock while it computes."""
-    tasks = [_workers().submit(contextvars.copy_context().run, work, item) for item in items]  # np.errstate goes along
-    for task in tasks:
-        task.result()
+def _channels(trees, some):
+    return tree_map(lambda a: a[:, some] if a.ndim > 1 else a[some], trees)
 
 
 @functools.cache
 def _workers():
-    return ThreadPoolExecutor(os.cpu_count(), "refattn")
+    return ThreadPoolExecutor(max(os.cpu_count() - 1, 1), "refattn")
 
 
 if hasattr(os, "register_at_fork"):

@@ -22,13 +22,6 @@ def sigmoid(x):
     return np.where(x.real < 0, e, 1) / (1 + e)
 
 
-def maximum(a, b):
-    """The larger of two by real part, the first of equals; NaN wins against every number."""
-    if np.iscomplexobj(a) or np.iscomplexobj(b):
-        return np.where((b.real > a.real) | np.isnan(b.real), b, a)
-    return np.maximum(a, b)
-
-
 def gelu(x):
     """x Phi(x), where Phi(x) = (1 + erf(x / sqrt 2)) / 2 is the normal distribution; the slope is gelu_slope."""
     return x * _normal(x)

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.blocks import by_channels
 from refattn.core import About, Array, Call, Shaped, expect, shaped
 from refattn.windows import Windows, inside, pad, padded_space, pixels_seen, taps, windows
 
@@ -45,29 +44,22 @@ def forward(
     expect(seen.all(), "average_pool.forward: padding", padding, "less, so that every window sees a pixel of x")
     divisor = np.where(count_include_pad, math.prod(w.kernel), seen).astype(x.real.dtype)
 
-    def pool(x):
-        padded = pad(x, w)
-        total = np.zeros((*x.shape[:2], *w.output), x.dtype)
-        for tap in taps(w):
-            total += padded[tap]
-        return (total / divisor,)
-
-    (y,) = by_channels(pool, x)
+    padded = pad(x, w)
+    y = np.zeros((*x.shape[:2], *w.output), x.dtype)
+    for tap in taps(w):
+        y += padded[tap]
+    y /= divisor
     return y, Saved(divisor, w)
 
 
 @shaped
 def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"]]:
     divisor, w = saved
-
-    def pull_back(dy):
-        share = dy / divisor
-        padded = np.zeros((*dy.shape[:2], *padded_space(w)), share.dtype)
-        for tap in taps(w):
-            padded[tap] += share
-        return (padded[inside(w)],)
-
-    return by_channels(pull_back, dy)
+    share = dy / divisor
+    padded = np.zeros((*dy.shape[:2], *padded_space(w)), dy.dtype)
+    for tap in taps(w):
+        padded[tap] += share
+    return (padded[inside(w)],)
 
 
 def example(draw):

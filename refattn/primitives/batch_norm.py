@@ -70,50 +70,50 @@ def forward(
     expect(eps >= 0, "batch_norm.forward: eps", eps, "a number that is not negative")
     training = stats is None
     if training:
-        n = x.size // max(x.shape[1], 1)
-        expect(n > 1, "batch_norm.forward: x.shape", x.shape, "more than one value per channel when training")
-        stats = Stats(*by_channels(_moments, x))
-    inverse_std = 1 / np.sqrt(stats.var + eps)
-    scale = inverse_std if params is None else inverse_std * params.gamma
-    shift = np.zeros_like(scale) if params is None else params.beta
-    (y,) = by_channels(_normalise, x, stats.mean, scale, shift)
+        expect(_count(x) > 1, "batch_norm.forward: x.shape", x.shape, "more than one value per channel when training")
+    y = np.empty(x.shape, np.result_type(x, *(params or ()), *(stats or ())))
+    stats, inverse_std = by_channels(functools.partial(_normalise, eps), x, params, stats, y)
     return y, Saved(x, inverse_std, params, stats, training)
+
+
+def _normalise(eps, x, params, stats, y):
+    """Fill y, in place: a pass over a large array costs less than the making of another one."""
+    mean = x.mean(axis=_all_but_channels(x)) if stats is None else stats.mean
+    np.subtract(x, _channels(mean, x), out=y)
+    var = _sum_of_products(y, y) / _count(x) if stats is None else stats.var
+    inverse_std = 1 / np.sqrt(var + eps)
+    y *= _channels(inverse_std if params is None else params.gamma * inverse_std, y)
+    if params is not None:
+        y += _channels(params.beta, y)
+    return Stats(mean, var), inverse_std
 
 
 @shaped
 def backward(dy: Shaped[Array, "N C *S"], saved: Saved) -> tuple[Shaped[Array, "N C *S"], Params | None]:
     x, inverse_std, params, stats, training = saved
-    scale = inverse_std if params is None else inverse_std * params.gamma
-    pull_back = functools.partial(_pull_back, training)
-    dx, dgamma, dbeta = by_channels(pull_back, dy, x, stats.mean, inverse_std, scale)
-    return dx, None if params is None else Params(dgamma, dbeta)
+    dx = np.empty(dy.shape, np.result_type(dy, x, inverse_std, *(params or ())))
+    dparams = by_channels(functools.partial(_pull_back, training), dy, x, inverse_std, params, stats, dx)
+    return dx, None if params is None else dparams
 
 
-def _moments(x):
-    axes = _all_but_channels(x)
-    mean = x.mean(axis=axes)
-    centred = x - _channels(mean, x)
-    return mean, (centred * centred).mean(axis=axes)
-
-
-def _normalise(x, mean, scale, shift):
-    return ((x - _channels(mean, x)) * _channels(scale, x) + _channels(shift, x),)
-
-
-def _pull_back(training, dy, x, mean, inverse_std, scale):
-    axes = _all_but_channels(dy)
-    xhat = (x - _channels(mean, x)) * _channels(inverse_std, x)
-    dgamma, dbeta = (dy * xhat).sum(axis=axes), dy.sum(axis=axes)
-    dx = dy
+def _pull_back(training, dy, x, inverse_std, params, stats, dx):
+    """Fill dx, in place; xhat is x - mu times inverse_std."""
+    np.subtract(x, _channels(stats.mean, x), out=dx)
+    dgamma = _sum_of_products(dy, dx) * inverse_std
+    dbeta = dy.sum(axis=_all_but_channels(dy))
     if training:
-        n = math.prod(dy.shape[i] for i in axes)
-        dx = dy - _channels(dbeta / n, dy) - xhat * _channels(dgamma / n, dy)
-    return dx * _channels(scale, dy), dgamma, dbeta
+        dx *= _channels(-inverse_std * dgamma / _count(x), dx)
+        dx += dy
+        dx -= _channels(dbeta / _count(x), dx)
+    else:
+        dx[...] = dy
+    dx *= _channels(inverse_std if params is None else params.gamma * inverse_std, dx)
+    return Params(dgamma, dbeta)
 
 
 def running(before, saved, *, momentum=0.1, unbiased=True):
     """Stats after one batch: (1 - momentum) before + momentum batch (torch's momentum; Keras' is 1 - momentum)."""
-    n = saved.x.size // saved.x.shape[1]
+    n = _count(saved.x)
     mean, var = saved.stats
     var = var * (n / (n - 1)) if unbiased else var
     return Stats((1 - momentum) * before.mean + momentum * mean, (1 - momentum) * before.var + momentum * var)
@@ -121,6 +121,17 @@ def running(before, saved, *, momentum=0.1, unbiased=True):
 
 def _all_but_channels(x):
     return (0, *range(2, x.ndim))
+
+
+def _count(x):
+    """n: how many values a channel has."""
+    return math.prod(x.shape[i] for i in _all_but_channels(x))
+
+
+def _sum_of_products(a, b):
+    """sum a b of every channel: a row times a column, so that no product is stored."""
+    n, c, pixels = *a.shape[:2], math.prod(a.shape[2:])
+    return (a.reshape(n, c, 1, pixels) @ b.reshape(n, c, pixels, 1)).sum(axis=(0, 2, 3))
 
 
 def _channels(values, like):

@@ -23,6 +23,7 @@ Choices
     W is (O, C / groups, *K) as in torch; Keras keeps (*K, C / groups, O).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -63,37 +64,45 @@ def forward(
 ) -> tuple[Shaped[Array, "N O *T"], Saved]:
     _check(x, params.weight, groups)
     w = windows("conv.forward", x.shape[2:], params.weight.shape[2:], stride, padding, dilation)
-
-    def convolve(x, weight):
-        return (weight @ _columns(x, w),)
-
-    (y,) = by_channels(convolve, _split(x, groups), _rows(params.weight, groups))
-    y = y.reshape(x.shape[0], params.weight.shape[0], *w.output)
+    n, outputs = len(x), len(params.weight)
+    y = np.empty((n, outputs, *w.output), np.result_type(x, *(p for p in params if p is not None)))
+    grouped = _grouped(x, groups), _matrices(params.weight, groups), _grouped(y, groups)
+    by_channels(functools.partial(_convolve, w), *grouped, expansion=math.prod(w.kernel))
     if params.bias is not None:
         y += params.bias.reshape(-1, *(1,) * len(w.output))
     return y, Saved(x, params, w, groups)
 
 
+def _convolve(w, x, weight, y):
+    """Fill y; groups are independent of one another, as channels are elsewhere."""
+    np.matmul(weight, _columns(x, w), out=y.reshape(*y.shape[:3], math.prod(w.output)))
+
+
 @shaped
 def backward(dy: Shaped[Array, "N O *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"], Params]:
     x, params, w, groups = saved
-
-    def pull_back(dy, x, weight):
-        dy = dy.reshape(*dy.shape[:3], math.prod(w.output))
-        dweight = (dy @ _columns(x, w).swapaxes(2, 3)).sum(axis=0, keepdims=True)
-        return _add_columns(weight.swapaxes(2, 3) @ dy, x.shape, w), dweight
-
-    dx, dweight = by_channels(pull_back, _split(dy, groups), _split(x, groups), _rows(params.weight, groups))
+    dx = np.empty(x.shape, np.result_type(dy, params.weight))
+    dweight = np.empty(params.weight.shape, np.result_type(dy, x))
+    grouped = *(_grouped(a, groups) for a in (x, dy, dx)), *(_matrices(a, groups) for a in (params.weight, dweight))
+    by_channels(functools.partial(_pull_back, w), *grouped, expansion=math.prod(w.kernel))
     dbias = None if params.bias is None else dy.sum(axis=(0, *range(2, dy.ndim)))
-    return dx.reshape(x.shape), Params(dweight.reshape(params.weight.shape), dbias)
+    return dx, Params(dweight, dbias)
 
 
-def _split(x, groups):
+def _pull_back(w, x, dy, dx, weight, dweight):
+    """Fill dx and dweight."""
+    dy = dy.reshape(*dy.shape[:3], math.prod(w.output))
+    dweight[:] = (dy @ _columns(x, w).swapaxes(2, 3)).sum(axis=0)
+    product = np.multiply if dy.shape[2] == 1 else np.matmul  # the same for one output, and faster
+    dx[:] = _add_columns(product(weight.swapaxes(2, 3), dy), x.shape, w)
+
+
+def _grouped(x, groups):
     """(N, C, *S) as (N, groups, C / groups, *S)."""
     return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
-def _rows(weight, groups):
+def _matrices(weight, groups):
     """(O, I, *K) as one matrix per group, (1, groups, O / groups, I K)."""
     return weight.reshape(1, groups, weight.shape[0] // groups, math.prod(weight.shape[1:]))
 

@@ -22,14 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.blocks import by_channels
 from refattn.core import About, Array, Call, Ints, Shaped, expect, shaped
-from refattn.elementwise import maximum
 from refattn.windows import Windows, inside, pad, padded_space, pixels_seen, taps, windows
 
 
 class Saved(NamedTuple):
-    winner: Shaped[Ints, "N C *T"]  # k*, the kernel position that holds the maximum, counted in C order
+    source: Shaped[Ints, "N C *T"]  # where the maximum stands in the padded batch, counted in C order
     windows: Windows
 
 
@@ -45,33 +43,39 @@ def forward(
     stride = kernel if stride is None else stride
     w = windows("max_pool.forward", x.shape[2:], kernel, stride, padding, dilation)
     expect(pixels_seen(w).all(), "max_pool.forward: padding", padding, "less, so that every window sees a pixel of x")
-
-    def pool(x):
-        padded = pad(x, w, -np.inf)
-        y = np.full((*x.shape[:2], *w.output), -np.inf, x.dtype)
-        winner = np.zeros(y.shape, np.min_scalar_type(math.prod(w.kernel)))
-        for k, tap in enumerate(taps(w)):
-            candidate = padded[tap].copy()
-            better = ~(candidate.real <= y.real)
-            y = maximum(y, candidate)
-            winner = np.maximum(winner, better * winner.dtype.type(k))
-        return y, winner
-
-    y, winner = by_channels(pool, x)
-    return y, Saved(winner, w)
+    padded = pad(x, w, -np.inf)
+    source = _source(_winner(padded.real, w), w)
+    return padded.reshape(-1)[source], Saved(source, w)
 
 
 @shaped
 def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"]]:
-    w = saved.windows
+    source, w = saved
+    padded = np.zeros((*dy.shape[:2], *padded_space(w)), dy.dtype)
+    np.add.at(padded.reshape(-1), source.ravel(), dy.ravel())
+    return (padded[inside(w)],)
 
-    def pull_back(dy, winner):
-        padded = np.zeros((*dy.shape[:2], *padded_space(w)), dy.dtype)
-        for k, tap in enumerate(taps(w)):
-            padded[tap] += dy * (winner == k)
-        return (padded[inside(w)],)
 
-    return by_channels(pull_back, dy, saved.winner)
+def _winner(padded, w):
+    """k*, counted in C order: whoever is larger than all before it takes the place."""
+    top = np.full((*padded.shape[:2], *w.output), -np.inf, padded.dtype)
+    winner = np.zeros(top.shape, np.min_scalar_type(math.prod(w.kernel)))
+    candidate, larger = np.empty_like(top), np.empty(top.shape, bool)
+    for k, tap in enumerate(taps(w)):
+        candidate[...] = padded[tap]
+        np.greater(candidate, top, out=larger)
+        larger |= np.isnan(candidate)
+        np.maximum(top, candidate, out=top)
+        np.maximum(winner, larger * winner.dtype.type(k), out=winner)
+    return winner
+
+
+def _source(winner, w):
+    """Where the winner stands: where its image begins, plus where its window begins, plus where it is in the window."""
+    image = np.arange(math.prod(padded_space(w))).reshape(padded_space(w))
+    taps_from = [image[tap] for tap in taps(w)]
+    images = image.size * np.arange(math.prod(winner.shape[:2])).reshape(*winner.shape[:2], *(1,) * image.ndim)
+    return images + taps_from[0] + np.take([t.flat[0] for t in taps_from], winner)
 
 
 def example(draw):

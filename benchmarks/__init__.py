@@ -1,0 +1,1 @@
+"""How long refattn takes, beside other people's code: python -m benchmarks.vision."""

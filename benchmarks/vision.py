@@ -1,0 +1,141 @@
+"""Vision layers and attention, forward plus backward, beside the same computation in torch.
+
+    python -m benchmarks.vision [--json FILE] [--rounds 3] [name ...]
+
+Both sides compute in float64 on the CPU, from the same numbers, with the threads each takes by itself, and must agree
+before they are timed. A round runs ours several times in a row, then torch: threads of one library that wait for more
+work would otherwise steal time from the other. The table shows medians over all runs but the first in a row.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from refattn.core import leaves, tree_map
+from refattn.primitives import average_pool, batch_norm, bilinear_resize, conv, max_pool
+
+N, C, H, W = 4, 64, 56, 56
+
+
+class Row(NamedTuple):
+    name: str
+    module: ModuleType
+    args: tuple  # the positional arguments of forward
+    options: dict
+    torch: Callable  # the same function of the same arguments, with tensors for leaves
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(N, C, H, W))
+    yield Row(
+        "conv 3x3",
+        *(conv, (x, conv.init(rng, C, C, (3, 3))), {"padding": 1}),
+        lambda x, p: F.conv2d(x, *p, padding=1),
+    )
+    yield Row("conv 1x1", conv, (x, conv.init(rng, C, C, (1, 1))), {}, lambda x, p: F.conv2d(x, *p))
+    yield Row(
+        "conv 3x3 depthwise",
+        *(conv, (x, conv.init(rng, C, C, (3, 3), groups=C)), {"padding": 1, "groups": C}),
+        lambda x, p: F.conv2d(x, *p, padding=1, groups=C),
+    )
+    yield Row(
+        "batch norm, training",
+        *(batch_norm, (x, batch_norm.init(rng, C)), {}),
+        lambda x, p: F.batch_norm(x, None, None, *p, training=True),
+    )
+    yield Row(
+        "max pool 3x3 / 2",
+        *(max_pool, (x,), {"kernel": 3, "stride": 2, "padding": 1}),
+        lambda x: F.max_pool2d(x, 3, 2, 1),
+    )
+    yield Row("max pool 2x2 / 2", max_pool, (x,), {"kernel": 2}, lambda x: F.max_pool2d(x, 2))
+    yield Row(
+        "average pool 3x3 / 2",
+        *(average_pool, (x,), {"kernel": 3, "stride": 2, "padding": 1}),
+        lambda x: F.avg_pool2d(x, 3, 2, 1),
+    )
+    yield Row("average pool 2x2 / 2", average_pool, (x,), {"kernel": 2}, lambda x: F.avg_pool2d(x, 2))
+    yield Row(
+        "bilinear resize x2",
+        *(bilinear_resize, (x,), {"size": (2 * H, 2 * W), "align_corners": True}),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
+    )
+
+
+def ours(row, dout):
+    out, saved = row.module.forward(*row.args, **row.options)
+    return out, row.module.backward(dout, saved)
+
+
+def theirs(row, args, dout):
+    out = row.torch(*args)
+    tensors = [t for _, t in leaves(args)]
+    return out, torch.autograd.grad([t for _, t in leaves(out)], tensors, [t for _, t in leaves(dout)])
+
+
+def measure(row, rounds):
+    """Medians in milliseconds: (ours, torch's)."""
+    args = tree_map(lambda a: torch.tensor(a, requires_grad=True), row.args)
+    rng = np.random.default_rng(1)
+    dout = tree_map(lambda y: rng.normal(size=y.shape), row.module.forward(*row.args, **row.options)[0])
+    tensors = tree_map(torch.tensor, dout)
+    agree(row, ours(row, dout), theirs(row, args, tensors))
+    mine, other = [], []
+    for _ in range(rounds):
+        mine += clock(lambda: ours(row, dout))
+        other += clock(lambda: theirs(row, args, tensors))
+    return 1e3 * statistics.median(mine), 1e3 * statistics.median(other)
+
+
+def agree(row, mine, other):
+    (out, grads), (their_out, their_grads) = mine, other
+    pairs = [*zip(leaves(out), leaves(their_out)), *zip(leaves(tuple(grads)), leaves(tuple(their_grads)))]
+    for (path, a), (_, b) in pairs:
+        worst, size = np.abs(a - b.detach().numpy()).max(), np.abs(a).max()
+        assert worst <= 1e-10 * (1 + size), f"{row.name}: {path or 'out'} differs from torch's by {worst:.3g}"
+
+
+def clock(function, runs=8):
+    """The seconds of all runs but the first, which finds cold caches and the threads of another library."""
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="rows whose name contains one of these; all of them unless given")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", help="write the table to this file as well")
+    given = parser.parse_args()
+    print(f"forward + backward, float64, N={N} C={C} {H}x{W}; numpy {np.__version__}, torch {torch.__version__}")
+    print(f"{'':24}{'ours, ms':>10}{'torch, ms':>10}{'ratio':>8}")
+    table = []
+    for row in rows():
+        if given.names and not any(name in row.name for name in given.names):
+            continue
+        mine, other = measure(row, given.rounds)
+        print(f"{row.name:24}{mine:10.2f}{other:10.2f}{mine / other:8.2f}", flush=True)
+        table.append({"name": row.name, "ours_ms": mine, "torch_ms": other, "ratio": mine / other})
+    if given.json:
+        setting = {"shape": [N, C, H, W], "threads": torch.get_num_threads(), "python": platform.python_version()}
+        setting |= {"numpy": np.__version__, "torch": torch.__version__}
+        with open(given.json, "w") as file:
+            json.dump({**setting, "rows": table}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
