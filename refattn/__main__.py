@@ -1,0 +1,255 @@
+"""The command line: refattn list | show | check."""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+
+import refattn
+from refattn import frameworks, report, trials
+from refattn.oracle.check import check
+from refattn.registry import everything, find
+from refattn.shapes import spelled
+
+EXAMPLES = 8  # of each mechanism and each target, unless asked for otherwise
+KERNEL_EXAMPLES = 32
+
+
+class BadUse(Exception):
+    """What the user typed cannot be done; the message says why."""
+
+
+def main(argv=None):
+    """Run a command: 0 if all conforms, 1 if something differs, 2 for bad use, 130 for Ctrl-C, 141 for a closed pipe."""
+    try:
+        arguments = _parser().parse_args(argv)
+        status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
+    except BadUse as error:
+        print(f"refattn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("refattn: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        return 141
+
+
+def _parser():
+    parser = argparse.ArgumentParser("refattn", description="The numerical oracle for attention.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"refattn {refattn.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="every mechanism and primitive", allow_abbrev=False)
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.set_defaults(command=list_command)
+
+    showing = commands.add_parser("show", help="docstring, shapes and source of one", allow_abbrev=False)
+    showing.add_argument("name")
+    showing.set_defaults(command=show_command)
+
+    checking = commands.add_parser(
+        "check",
+        help="try everything, some mechanisms, a framework, or a function of your own",
+        description="Without WHAT: every mechanism against its laws, every framework that is installed, and the example"
+        " kernels. Exit status: 0 if all conform, 1 if something differs, 2 for bad use.",
+        allow_abbrev=False,
+    )
+    checking.add_argument("what", nargs="*", metavar="WHAT", help="mechanisms, frameworks, or FILE.py:FUNCTION")
+    yours = checking.add_argument_group("with FILE.py:FUNCTION")
+    yours.add_argument("--like", metavar="NAME", help="the mechanism it should be like")
+    yours.add_argument("--backward", metavar="FILE.py:FUNCTION", help="its gradients")
+    yours.add_argument("--framework", help="whose arrays it takes; NumPy's unless given")
+    yours.add_argument("--dtype", choices=("float64", "float32", "float16"), help="float32 unless given")
+    yours.add_argument("--forward-only", action="store_true", help="judge no gradients")
+    checking.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+    checking.add_argument("--examples", type=_at_least(1), metavar="N", help="how many calls each is tried on")
+    checking.add_argument("--jobs", type=_at_least(1), metavar="N", help="processes; as many as there are CPUs")
+    checking.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    checking.set_defaults(command=check_command)
+    return parser
+
+
+def _at_least(least):
+    def number(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    number.__name__ = "whole number"  # argparse puts it into its message
+    return number
+
+
+# --- list, show ----------------------------------------------------------------------------------------------
+
+
+def list_command(arguments):
+    found = sorted(everything().values(), key=lambda m: (m.family == "primitives", m.family, m.name))
+    if arguments.json:
+        fields = "name", "family", "title", "paper"
+        about = "laws", "witnesses"
+        records = [
+            {f: getattr(m, f) for f in fields} | {f: list(getattr(m.ABOUT, f)) for f in about} for m in found
+        ]
+        print(json.dumps(records, indent=1))
+    else:
+        rows = [(m.name, m.family, m.title) for m in found]
+        report.table(f"{len(rows)} mechanisms and primitives", ("name", "family", "what it is"), rows)
+    return 0
+
+
+def show_command(arguments):
+    m = _find(arguments.name)
+    parts = [f"{m.name}, in {m.family}", inspect.cleandoc(m.module.__doc__)]
+    shapes = [spelled(getattr(m, kind)) for kind in ("Params", "State", "Stats", "Out", "Saved") if hasattr(m, kind)]
+    init = [f"init{inspect.signature(m.init)}"] if hasattr(m, "init") else []
+    parts.append("\n".join([*shapes, "", *init, spelled(m.forward), spelled(m.backward)]))
+    source = inspect.getsource(m.module)
+    after_docstring = ast.parse(source).body[0].end_lineno
+    parts.append("\n".join(source.splitlines()[after_docstring:]).strip())
+    print("\n\n".join(parts))
+    return 0
+
+
+def _find(name, *, others=()):
+    try:
+        return find(name)
+    except KeyError as error:
+        near = [other for other in others if difflib.get_close_matches(name, [other], 1, 0.5)]
+        hint = f"; or the framework {near[0]}" if near else ""
+        raise BadUse(f"{error.args[0]}{hint} (refattn list shows all)") from None
+
+
+# --- check ---------------------------------------------------------------------------------------------------
+
+
+def check_command(arguments):
+    if arguments.json and not (arguments.json.parent.is_dir() and os.access(arguments.json.parent, os.W_OK)):
+        raise BadUse(f"--json: cannot write to {arguments.json.parent}")
+    if arguments.json and arguments.json.is_dir():
+        raise BadUse(f"--json: {arguments.json} is a folder")
+    files = [what for what in arguments.what if ":" in what or what.endswith(".py") or os.sep in what]
+    content = _check_file(arguments) if files else _check_known(arguments)
+    content = {"refattn": refattn.__version__, "seed": arguments.seed} | content
+    if arguments.json:
+        try:
+            report.write_json(arguments.json, content)
+        except OSError as error:
+            raise BadUse(f"--json: {error}") from None
+    return 0 if content["ok"] else 1
+
+
+def _check_known(arguments):
+    for option in ("like", "backward", "framework", "dtype", "forward_only"):
+        if getattr(arguments, option):
+            raise BadUse(f"--{option.replace('_', '-')} needs FILE.py:FUNCTION")
+    known = frameworks.names()
+    wanted = [what for what in arguments.what if what in known]
+    mechanisms = [_find(what, others=known) for what in arguments.what if what not in known]
+    status = frameworks.available() if wanted or not arguments.what else {}
+    if not arguments.what:
+        mechanisms, wanted = everything().values(), [name for name in known if status[name].version]
+    for name in wanted:
+        if not status[name].version:
+            raise BadUse(status[name].reason)
+    examples = arguments.examples or EXAMPLES
+    tasks = [trials.Laws(m.name, examples, arguments.seed) for m in mechanisms]
+    for name in wanted:
+        tasks += trials.of_framework(name, examples, arguments.seed)
+    if not arguments.what:
+        tasks += [trials.Kernel(name, arguments.examples or KERNEL_EXAMPLES, arguments.seed) for name in trials.KERNELS]
+    outcomes = trials.run(tasks, arguments.jobs or os.cpu_count() or 1)
+    return _print_outcomes(outcomes, wanted, status)
+
+
+def _print_outcomes(outcomes, wanted, status):
+    laws, targets, kernels = (
+        [o for o in outcomes if isinstance(o.task, kind)] for kind in (trials.Laws, trials.Target, trials.Kernel)
+    )
+    if laws:
+        columns = "mechanism", "family", "worst gradient error", "witnesses", ""
+        report.table("Laws", columns, [o.row for o in laws])
+    for name in wanted:
+        rows = [o.row for o in targets if o.task.framework == name]
+        columns = "target", "like", "dtype", "worst error / allowed", ""
+        report.table(f"{name} {status[name].version}", columns, rows)
+    for name, (version, reason) in status.items():
+        if not version:
+            print(f"{name} is not cross-checked: {reason}\n")
+    if kernels:
+        columns = "kernel", "like", "dtype", "worst error / allowed", ""
+        report.table("Example kernels", columns, [o.row for o in kernels])
+    for outcome in outcomes:
+        if not outcome.ok or (isinstance(outcome.task, trials.Kernel) and outcome.task.has_bug):
+            print(f"{outcome.text}\n")
+    wrong = [o for o in outcomes if not o.ok]
+    print(f"{len(wrong)} of {len(outcomes)} differ." if wrong else f"All {len(outcomes)} as they should be.")
+    return {
+        "ok": not wrong,
+        "laws": [o.record for o in laws],
+        "frameworks": {n: s._asdict() | {"targets": [o.record for o in targets if o.task.framework == n]}
+                       for n, s in status.items()},
+        "kernels": [o.record for o in kernels],
+    }  # fmt: skip
+
+
+def _check_file(arguments):
+    if len(arguments.what) > 1:
+        raise BadUse("one FILE.py:FUNCTION at a time, and nothing beside it")
+    if arguments.like is None:
+        raise BadUse(f"{arguments.what[0]} needs --like NAME")
+    like = _find(arguments.like)
+    candidate = _load(arguments.what[0])
+    backward = _load(arguments.backward) if arguments.backward else None
+    try:
+        result = check(
+            candidate,
+            like,
+            framework=arguments.framework,
+            dtype=arguments.dtype or "float32",
+            gradients=not arguments.forward_only,
+            backward=backward,
+            max_examples=arguments.examples or KERNEL_EXAMPLES,
+            seed=arguments.seed,
+            name=arguments.what[0],
+        )
+    except (ValueError, ImportError) as error:
+        raise BadUse(error) from None
+    print(result)
+    return result.as_dict()
+
+
+def _load(spec):
+    """The function of FILE.py:FUNCTION."""
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file or not name:
+        raise BadUse(f"{spec}: expected FILE.py:FUNCTION")
+    path = Path(file)
+    if not path.is_file():
+        raise BadUse(f"{file}: no such file")
+    sys.path.insert(0, str(path.resolve().parent))  # what lies beside it can be imported
+    loading = importlib.util.spec_from_file_location(path.stem, path)
+    if loading is None:
+        raise BadUse(f"{file}: not a Python file")
+    module = importlib.util.module_from_spec(loading)
+    try:
+        loading.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise BadUse(f"{file} cannot be imported: {type(error).__name__}: {error}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [n for n, x in vars(module).items() if inspect.isfunction(x) and n[0] != "_"]
+        raise BadUse(f"{file} has no function {name}; it has {', '.join(functions) or 'none'}")
+    return function
+
+
+if __name__ == "__main__":
+    sys.exit(main())
