@@ -163,6 +163,8 @@ BAD = [
         "expected one filter, or one",
     ),
     ("efficient_channel", params(lambda p: p._replace(weight=np.ones((1, 2)), bias=None)), "expected an odd number K"),
+    ("second_order_channel", options(crop=0), "crop is 0, expected a positive int, or None"),
+    ("second_order_channel", first(np.zeros_like), "expected images that are not constant"),
     ("selective_kernel", params(lambda p: p._replace(branches=p.branches[:1])), "len(params.branches) is 1, expected"),
     ("selective_kernel", options(dilations=(1,)), "dilations is (1,), expected"),
     (
@@ -183,6 +185,17 @@ BAD = [
     ),
     ("simam", options(lam=0.0), "lam is 0.0, expected a positive number"),
     ("simam", first(lambda x: x[:, :, :1, :1], given("unbiased", True)), "expected at least two pixels"),
+    (
+        "split_attention",
+        params(lambda p: p._replace(fc2=p.fc2._replace(weight=p.fc2.weight.repeat(5, 1)))),
+        "params.fc2.weight.shape is",
+    ),
+    ("split_attention", options(radix=5), "radix is 5, expected"),
+    (
+        "split_attention",
+        lambda c: options(stats=c.options["stats"]._replace(norm0=None))(c) if c.options["stats"] else None,
+        "expected statistics for the normalisations in params, and no others",
+    ),
     # --- spatial
     (
         "bam_spatial",

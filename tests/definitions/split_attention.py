@@ -10,11 +10,10 @@ from tests.definitions.selective_kernel import block
 def element(args, options, where, index):
     x, params = args
     n, c, i, j = index
-    stats, eps = options["stats"], options["eps"]
+    radix, stats, eps = options["radix"], options["stats"], options["eps"]
     hidden_per_group, per_group = params.fc2.weight.shape[1], params.fc1.weight.shape[1]
     groups = params.fc1.weight.shape[0] // hidden_per_group
     channels = groups * per_group
-    radix = params.conv.weight.shape[0] // channels
     geometry = {name: options[name] for name in ("stride", "padding", "dilation")} | {"groups": groups * radix}
     u = block(x, params.conv, params.norm0, stats and stats.norm0, eps, geometry)
     z = np.zeros((len(x), channels))

@@ -97,4 +97,6 @@ def _values(rng, key, shape, dtype):
     if key.endswith("mask"):
         return np.ones(shape)
     values = rng.normal(size=shape)
+    if key == "a":  # a matrix to take the root of: positive definite
+        return values @ values.swapaxes(1, 2)
     return np.abs(values) + 0.5 if key.endswith(("var", "riv")) else values

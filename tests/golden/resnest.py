@@ -47,9 +47,7 @@ def case(record):
         }
 
     inference = normed and not record.training
-    options = {
-        "stride": record.ctor["stride"],
-        "padding": record.ctor["padding"],
+    options = {name: record.ctor[name] for name in ("radix", "stride", "padding")} | {
         "stats": split_attention.Stats(running("bn0"), running("bn1")) if inference else None,
     }
     return Case(split_attention, args, lambda get: get("out.y"), options, after if record.training else None, mid)

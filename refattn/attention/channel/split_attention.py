@@ -7,7 +7,7 @@ Paper: Zhang, Wu, Zhang, Zhu, Lin, Zhang, Sun, He, Mueller, Manmatha, Li and Smo
 
 Shapes
     N images, I channels and H by W pixels in, C channels and P by Q pixels out; R is the radix, K the cardinality
-    (groups), D = max(I R / reduction, 32) hidden units. R and K are read off the shapes of Params.
+    (groups), D = max(I R / reduction, 32) hidden units.
 
 Forward
     u      = max(batch_norm(conv(x)), 0)      R C channels in K R groups, radix-major: (R, K, C/K)
@@ -86,13 +86,14 @@ def forward(
     x: Shaped[Array, "N I H W"],
     params: Params,
     *,
+    radix: int = 2,
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
     stats: Stats | None = None,
     eps: float = 1e-5,
 ) -> tuple[Shaped[Array, "N C P Q"], Saved]:
-    radix, groups, per_group = _layout(params, stats)
+    groups, per_group = _groups(params, radix, stats)
     stats = stats or Stats(None, None)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups * radix}
     a, convolved = conv.forward(x, params.conv, **geometry)
@@ -142,21 +143,19 @@ def _norm_relu_backward(dy, y, saved):
     return (du, None) if saved is None else batch_norm.backward(du, saved)
 
 
-def _layout(params, stats):
-    """R, K and C / K, which Params has no fields for: its shapes say them."""
-    (outputs, *_), (hidden, per_group), (_, hidden_per_group) = (
-        part.weight.shape for part in (params.conv, params.fc1, params.fc2)
-    )
+def _groups(params, radix, stats):
+    """K and C / K, which the shapes of W1 and W2 say."""
+    where, (hidden, per_group) = "split_attention.forward:", params.fc1.weight.shape
+    shape = outputs, hidden_per_group = params.fc2.weight.shape
     groups = hidden // max(hidden_per_group, 1)
-    radix = outputs // max(groups * per_group, 1)
-    fits = radix * groups * per_group == outputs and groups * hidden_per_group == hidden and radix > 0
-    shapes = {name: getattr(params, name).weight.shape for name in ("conv", "fc1", "fc2")}
-    wanted = "(R C, I / (K R), ...), (D, C / K) and (R C, D / K), for some radix R and cardinality K"
-    expect(fits, "split_attention.forward: shapes of the weights in params", shapes, wanted)
+    expected = f"(R C, D / K), D = {hidden} from params.fc1"
+    expect(groups * hidden_per_group == hidden, f"{where} params.fc2.weight.shape", shape, expected)
+    expected = f"R C / C = {outputs} / {groups * per_group}, from params.fc2 and params.fc1 in K = {groups} groups"
+    expect(radix > 0 and radix * groups * per_group == outputs, f"{where} radix", radix, expected)
     norms = params.norm0, params.norm1
     fits = stats is None or all((norm is None) == (stat is None) for norm, stat in zip(norms, stats))
-    expect(fits, "split_attention.forward: stats", stats, "statistics for the normalisations in params, and no others")
-    return radix, groups, per_group
+    expect(fits, f"{where} stats", stats, "statistics for the normalisations in params, and no others")
+    return groups, per_group
 
 
 def example(draw):
@@ -164,7 +163,7 @@ def example(draw):
     inputs, channels = groups * radix * draw.size("I / (K R)", high=2), groups * draw.size("C / K", high=2)
     norm, bias, training = (draw.choice(what, True, False) for what in ("norm", "bias", "training"))
     params = init(draw.rng, inputs, channels, kernel, radix, groups, radix, groups, norm, bias)
-    options = {"stride": draw.choice("stride", 1, 2), "padding": draw.choice("padding", 1, 2)}
+    options = {"radix": radix, "stride": draw.choice("stride", 1, 2), "padding": draw.choice("padding", 1, 2)}
     options["dilation"] = draw.size("dilation", high=2)
     options["stats"] = _example_stats(draw, params) if norm and not training else None
     options["eps"] = 0.1 if training else 1e-5  # rounding grows by 1 / sqrt(eps) where a batch has no variance
