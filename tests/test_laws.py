@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from refattn.attention.channel import squeeze_excitation
+from refattn.attention.dot_product import scaled_dot_product
 from refattn.core import About, Array, Call, DtypeError, Shaped, shaped
 from refattn.draw import RandomDraw
 from refattn.elementwise import sigmoid
@@ -194,3 +196,82 @@ def test_nan_never_passes():
         laws.large_inputs_stay_finite,
     ):
         assert rejected(law, NotANumber()), law.__name__
+
+
+# --- declared laws: a wrong variation of a mechanism that obeys them ----------------------------------------
+
+
+class Variation:
+    """A mechanism with another forward; its hints stay."""
+
+    def __init__(self, mechanism, forward):
+        self._mechanism = mechanism
+
+        def changed(*args, **options):
+            return forward(*args, **options)
+
+        changed.hints = mechanism.forward.hints
+        self.forward = changed
+
+    def __getattr__(self, name):
+        return getattr(self._mechanism, name)
+
+
+def reweighted(change):
+    def forward(*args, **options):
+        out, saved = scaled_dot_product.forward(*args, **options)
+        return out, saved._replace(attn=change(saved.attn))
+
+    return forward
+
+
+def leaves_the_interval(attn):
+    return attn + (np.eye(attn.shape[-1])[0] - np.eye(attn.shape[-1])[-1])
+
+
+def mixes_the_batch(q, k, v, **options):
+    out, saved = scaled_dot_product.forward(q, k, v, **options)
+    return out + out.mean(axis=0, keepdims=True), saved
+
+
+def likes_the_first_key(q, k, v, **options):
+    out, saved = scaled_dot_product.forward(q, k, v, **options)
+    return out + v[..., :1, :], saved
+
+
+def ignores(option):
+    def forward(q, k, v, **options):
+        return scaled_dot_product.forward(q, k, v, **{name: x for name, x in options.items() if name != option})
+
+    return forward
+
+
+def knows_where_a_pixel_is(x, params):
+    return squeeze_excitation.forward(x + np.arange(x.shape[2] * x.shape[3]).reshape(x.shape[2:]), params)
+
+
+DECLARED_WRONG = {
+    laws.batch_independent: Variation(scaled_dot_product, mixes_the_batch),
+    laws.weights_in_unit_interval: Variation(scaled_dot_product, reweighted(leaves_the_interval)),
+    laws.weights_sum_to_one: Variation(scaled_dot_product, reweighted(lambda attn: attn / 2)),
+    laws.key_permutation_invariant: Variation(scaled_dot_product, likes_the_first_key),
+    laws.mask_is_truncation: Variation(scaled_dot_product, ignores("mask")),
+    laws.causal: Variation(scaled_dot_product, ignores("is_causal")),
+    laws.pixel_permutation_equivariant: Variation(squeeze_excitation, knows_where_a_pixel_is),
+}
+
+
+# Weights outside [0, 1] that still sum to 1 take from a key and give to another, which these two may see as well.
+UNAVOIDABLE = {laws.weights_in_unit_interval: {laws.mask_is_truncation, laws.causal}}
+
+
+@pytest.mark.parametrize("about", DECLARED_WRONG, ids=lambda law: law.__name__)
+def test_only_its_own_declared_law_rejects_a_wrong_variation(about):
+    wrong = DECLARED_WRONG[about]
+    asked = {law for law in DECLARED_WRONG if law.__name__ in wrong.ABOUT.laws}
+    rejecting = {law for law in asked if rejected(law, wrong)}
+    assert {about} == rejecting - UNAVOIDABLE.get(about, set())
+
+
+def test_every_declared_law_has_a_wrong_variation():
+    assert {law.__name__ for law in DECLARED_WRONG} == set(laws.DECLARED)
