@@ -73,4 +73,4 @@ def example(draw):
     return Call(tree_map(lambda a: a / 8, args), {})  # a saturated tanh hides mistakes
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("authors' code", "framework", "definition"))
+ABOUT = About(laws=("batch_independent",), witnesses=("framework", "definition"))
