@@ -105,7 +105,8 @@ def _sigmoid(record):
         s = sigmoid(x)
         return s, s
 
-    return Case(SimpleNamespace(forward=forward, backward=lambda ds, s: (ds * s * (1 - s),)), _x, _out)
+    names = {"__name__": sigmoid.__module__, "forward": forward, "backward": lambda ds, s: (ds * s * (1 - s),)}
+    return Case(SimpleNamespace(**names), _x, _out)
 
 
 def _grucell(record):
