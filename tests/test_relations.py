@@ -9,7 +9,7 @@ from refattn.attention.dot_product import (
     transformer_decoder_layer,
     transformer_encoder_layer,
 )
-from refattn.attention.temporal import additive, additive_decoder, multiplicative
+from refattn.attention.temporal import additive, additive_decoder, local_attention, luong_decoder, multiplicative
 from refattn.core import leaves, tree_map
 from refattn.elementwise import relu
 from refattn.oracle.derivatives import complex_step, inner
@@ -437,3 +437,56 @@ def test_a_decoder_deaf_to_its_context_is_a_gru(rng):
     options = {"reset_after": False, "z_weighs": "new"}
     start = recurrent.State(state[:, None])
     same(out.states, recurrent.forward(inputs.reshape(2, 4, 9), start, cells, **options)[0].y)
+
+
+def test_the_dot_score_is_attention_without_a_scale(rng):
+    query, memory = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4))
+    dcontext, mask = rng.normal(size=(2, 3, 4)), np.arange(5) < np.array([[5], [2]])
+    dout = multiplicative.Out(dcontext, np.zeros((2, 3, 5)))
+    params = multiplicative.Params()
+    out, (dquery, dmemory, _) = run(multiplicative, query, memory, params, score="dot", mask=mask, dout=dout)
+    options = {"scale": 1.0, "mask": np.broadcast_to(mask[:, None], (2, 3, 5))}
+    context, (dq, dk, dv) = run(scaled_dot_product, query, memory, memory, dout=dcontext, **options)
+    same((out.context, dquery, dmemory), (context, dq, dk + dv))
+
+
+@pytest.mark.parametrize("score", ["general", "concat", "concat_matlab"])
+def test_local_attention_with_a_wide_window_is_global(rng, score):
+    query, memory, lengths = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 2)), np.array([5, 2])
+    params = like(rng, multiplicative.init(rng, 4, 2, score=score, scale=True))
+    dout = like(rng, multiplicative.Out(np.zeros((2, 3, 2)), np.zeros((2, 3, 5))))
+    mask = np.arange(5) < lengths[:, None]
+    out, grads = run(multiplicative, query, memory, params, score=score, mask=mask, dout=dout)
+    given = {"score": score, "window": 5, "lengths": lengths, "dout": local_attention.Out(*dout)}
+    again, (*egrads, eparams) = run(local_attention, query, memory, local_attention.Params(params), **given)
+    same((*out, *grads), (*again, *egrads, eparams.score))
+
+
+def test_local_attention_sees_nothing_outside_its_window(rng):
+    query, memory = rng.normal(size=(1, 1, 3)), rng.normal(size=(1, 6, 3))
+    params = local_attention.Params(multiplicative.Params())
+    out, saved = local_attention.forward(query, memory, params, score="dot", window=1, start=3)
+    near, _ = multiplicative.forward(query, memory[:, 2:5], params.score, score="dot")
+    same((out.context, out.weights[:, :, 2:5]), (near.context, near.weights))
+    dmemory = local_attention.backward(out, saved)[1]
+    assert (dmemory[:, [0, 1, 5]] == 0).all() and (dmemory[:, 2:5] != 0).all()
+
+
+def test_a_luong_decoder_that_is_not_fed_attends_once_for_all_steps(rng):
+    inputs, memory = rng.normal(size=(2, 4, 2)), rng.normal(size=(2, 5, 3))
+    attention = multiplicative.init(rng, 3, 3)
+    params = like(rng, luong_decoder.init(rng, 2, 3, 3, 2, attention, feed=False, bias=True))
+    state = recurrent.State(rng.normal(size=(2, 1, 3)), rng.normal(size=(2, 1, 3)))
+    (h, last), moved = recurrent.forward(inputs, state, params.cells)
+    (c, w), attended = multiplicative.forward(h, memory, params.attention)
+    u, combined = linear.forward(np.concatenate([c, h], axis=2), params.combine)
+    a = np.tanh(u)
+
+    dout = like(rng, luong_decoder.Out(a, last))
+    dboth, dcombine = linear.backward(dout.attentional * (1 - a * a), combined)
+    dc, dh = np.split(dboth, 2, axis=2)
+    dquery, dmemory, dattention = multiplicative.backward(multiplicative.Out(dc, np.zeros_like(w)), attended)
+    dinputs, dstate, dcells = recurrent.backward(recurrent.Out(dh + dquery, dout.state), moved)
+    expected = (a, last), (dinputs, dmemory, dstate, luong_decoder.Params(dcells, dattention, dcombine))
+    out, grads = run(luong_decoder, inputs, memory, state, params, feed=False, dout=dout)
+    same(expected, (tuple(out), grads))

@@ -60,7 +60,6 @@ SCORES = ("dot", "general", "concat", "concat_matlab")
 
 def init(rng, query, memory, *, score="general", hidden=None, bias=False, scale=False):
     """Normal weights of variance 1 / columns, v of variance 1 / rows, zero bias, scale 1."""
-    expect(score in SCORES, "alignment_score.init: score", score, f"one of {SCORES}")
     shape = {"dot": None, "general": (query, memory), "concat": (hidden or query, query + memory)}
     shape = (shape | {"concat_matlab": (memory, query)})[score]
     return Params(

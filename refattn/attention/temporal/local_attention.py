@@ -178,5 +178,5 @@ def example(draw):
 ABOUT = About(
     weights="weights",
     laws=("batch_independent", "weights_in_unit_interval"),
-    witnesses=("definition",),
+    witnesses=("definition", "relation"),
 )

@@ -160,4 +160,8 @@ def example(draw):
     return Call(tree_map(lambda x: x / 8, args), options)  # a saturated gate hides mistakes
 
 
-ABOUT = About(weights="weights", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition",))
+ABOUT = About(
+    weights="weights",
+    laws=("batch_independent", "weights_in_unit_interval"),
+    witnesses=("definition", "relation"),
+)

@@ -83,5 +83,5 @@ def example(draw):
 ABOUT = About(
     weights="weights",
     laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one"),
-    witnesses=("authors' code", "definition"),
+    witnesses=("authors' code", "definition", "relation"),
 )
