@@ -111,30 +111,30 @@ class _Unifier:
         self.precision = None  # (dtype, the argument that fixed it)
 
     def unify(self, name, value, hint, rename=None):
-        hint, optional = _without_none(hint)
-        if hint is None or (value is None and optional):
+        form, content, axes, optional = _plan(hint)
+        if form is None or (value is None and optional):
             return
-        kind, axes = get_args(hint) if get_origin(hint) is Shaped else (None, "")
-        if kind in KINDS:
-            self._array(name, value, kind, axes.split(), rename or (lambda letter: letter))
-        elif kind is not None:  # Shaped[other.Params, "I=C"]
-            ours, outer = dict(tie.split("=") for tie in axes.split()), rename or (lambda letter: letter)
-            self._fields(name, value, kind, lambda letter: outer(ours[letter]) if letter in ours else (name, letter))
-        elif hasattr(hint, "_fields"):
-            foreign = hint.__module__ != self.module
-            self._fields(name, value, hint, (lambda letter: (name, letter)) if foreign else rename)
-        elif get_origin(hint) is tuple:
-            inner = get_args(hint)
-            if not isinstance(value, tuple) or (inner[-1] is not ... and len(value) != len(inner)):
-                many = "any number" if inner[-1] is ... else len(inner)
+        if form == "array":
+            self._array(name, value, content, axes, rename or (lambda letter: letter))
+        elif form == "tied":  # Shaped[other.Params, "I=C"]
+            outer = rename or (lambda letter: letter)
+            self._fields(name, value, content, lambda letter: outer(axes[letter]) if letter in axes else (name, letter))
+        elif form == "fields":
+            foreign = content.__module__ != self.module
+            self._fields(name, value, content, (lambda letter: (name, letter)) if foreign else rename)
+        else:
+            many = "any number" if content[-1] is ... else len(content)
+            if not isinstance(value, tuple) or many not in ("any number", len(value)):
                 raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected a tuple of {many}")
             for i, item in enumerate(value):
-                self.unify(f"{name}[{i}]", item, inner[0] if inner[-1] is ... else inner[i], rename)
+                self.unify(f"{name}[{i}]", item, content[0] if content[-1] is ... else content[i], rename)
 
     def _fields(self, name, value, hint, rename):
         if getattr(value, "_fields", None) != hint._fields:
             wanted = f"{_owner(hint)}({', '.join(hint._fields)})"
             raise DtypeError(f"{self.where}: {name} is {_kind(value)}, expected {wanted}")
+        if hint.__name__ == "Saved" and hint.__module__ != self.module:
+            return  # made by that file's forward, which checked it, and read by its backward, which checks it
         for field, inner in _hints_of(hint).items():
             self.unify(f"{name}.{field}", getattr(value, field), inner, rename)
 
@@ -146,7 +146,7 @@ class _Unifier:
         if value.dtype.kind not in letters:
             raise DtypeError(f"{self.where}: {name} has dtype {value.dtype}, expected {description}")
         if kind is Array:
-            precision = np.finfo(value.dtype).dtype  # complex128 is float64 twice: the two may meet
+            precision = _precision(value.dtype)
             first, by = self.precision = self.precision or (precision, name)
             if first != precision:
                 story = f"{self.where}: {name} has dtype {value.dtype}"
@@ -154,7 +154,7 @@ class _Unifier:
         self._axes(name, value.shape, axes, rename)
 
     def _axes(self, name, shape, axes, rename):
-        stars = [i for i, axis in enumerate(axes) if axis[0] in "*."]
+        stars = _stars(axes)
         spread = len(shape) - len(axes) + 1 if stars else 1
         if stars and spread >= 0:  # gather the axes under the star into one entry
             i = stars[0]
@@ -172,15 +172,36 @@ class _Unifier:
 
 
 @functools.cache
+def _stars(axes):
+    return [i for i, axis in enumerate(axes) if axis[0] in "*."]
+
+
+@functools.cache
+def _precision(dtype):
+    return np.finfo(dtype).dtype  # complex128 is float64 twice: the two may meet
+
+
+@functools.cache
 def _hints_of(named_tuple):
     return get_type_hints(named_tuple, include_extras=True)
 
 
 @functools.cache
-def _without_none(hint):
-    """The part of a hint that speaks of shapes, None if there is none; and whether None may stand in its place."""
-    options = get_args(hint) if get_origin(hint) not in (tuple, Shaped) else ()
-    return next(filter(_carries_shape, options or (hint,)), None), type(None) in options
+def _plan(hint):
+    """(form, content, axes, whether None may stand in its place) of a hint; form is None if it speaks of no shapes."""
+    alternatives = get_args(hint) if get_origin(hint) not in (tuple, Shaped) else ()
+    optional = type(None) in alternatives
+    hint = next(filter(_carries_shape, alternatives or (hint,)), None)
+    if hint is None:
+        return None, None, None, optional
+    if get_origin(hint) is tuple:
+        return "tuple", get_args(hint), None, optional
+    if get_origin(hint) is not Shaped:
+        return "fields", hint, None, optional
+    content, axes = get_args(hint)
+    if content in KINDS:
+        return "array", content, tuple(axes.split()), optional
+    return "tied", content, dict(tie.split("=") for tie in axes.split()), optional
 
 
 @functools.cache
