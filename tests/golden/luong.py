@@ -135,7 +135,7 @@ def _chatbot_encoder_decoder(record):
         state = recurrent.State(get("out.dec_hidden").swapaxes(0, 1))
         return luong_chatbot.Out(get("out.probs").swapaxes(0, 1), state)
 
-    # The decoder is taken to read tgt as it stands: the INDEX names no start symbol, as it does for Bahdanau's tutorial.
+    # The decoder is taken to read tgt as it stands: INDEX.md names a start symbol for Bahdanau's tutorial, none here.
     options = {"source": record["in.src"].T, "target": record["in.tgt"].T, "lengths": record["in.lengths"]}
     return Case(luong_chatbot, args, out, options | {"score": record.ctor["method"]})
 
