@@ -25,7 +25,7 @@ class BadUse(Exception):
 
 
 def main(argv=None):
-    """Run a command: 0 if all conforms, 1 if something differs, 2 for bad use, 130 for Ctrl-C, 141 for a closed pipe."""
+    """Run a command. 0: all conforms; 1: something differs; 2: bad use; 130: Ctrl-C; 141: nobody reads the output."""
     try:
         arguments = _parser().parse_args(argv)
         status = arguments.command(arguments)
@@ -175,17 +175,17 @@ def _print_outcomes(outcomes, wanted, status):
         [o for o in outcomes if isinstance(o.task, kind)] for kind in (trials.Laws, trials.Target, trials.Kernel)
     )
     if laws:
-        columns = "mechanism", "family", "worst gradient error", "witnesses", ""
+        columns = "mechanism", "family", "worst gradient error", "witnesses", "verdict"
         report.table("Laws", columns, [o.row for o in laws])
     for name in wanted:
         rows = [o.row for o in targets if o.task.framework == name]
-        columns = "target", "like", "dtype", "worst error / allowed", ""
+        columns = "target", "like", "dtype", "worst error / allowed", "verdict"
         report.table(f"{name} {status[name].version}", columns, rows)
     for name, (version, reason) in status.items():
         if not version:
             print(f"{name} is not cross-checked: {reason}\n")
     if kernels:
-        columns = "kernel", "like", "dtype", "worst error / allowed", ""
+        columns = "kernel", "like", "dtype", "worst error / allowed", "verdict"
         report.table("Example kernels", columns, [o.row for o in kernels])
     for outcome in outcomes:
         if not outcome.ok or (isinstance(outcome.task, trials.Kernel) and outcome.task.has_bug):

@@ -1,4 +1,4 @@
-"""How results reach a person or a file: tables and progress, by rich where it is installed, else in plain text; JSON."""
+"""How results reach a person or a file: tables and progress, by rich where it is installed, else plainly; JSON."""
 
 import contextlib
 import json

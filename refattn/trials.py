@@ -1,4 +1,4 @@
-"""The trials of `refattn check`: of mechanisms, of frameworks, of the example kernels, in as many processes as wanted."""
+"""The trials of `refattn check`: mechanisms, frameworks and the example kernels, in as many processes as wanted."""
 
 import multiprocessing
 import os
