@@ -29,6 +29,8 @@ ALWAYS_ZERO = {  # gradients that no factor can spoil: what must be noticed is s
     ("transformer_decoder_layer", "2.cross_attention.k.bias"): "as in multi_head",
     ("additive", "2.b"): "it adds the same to all scores, which softmax does not see",
     ("additive_decoder", "3.attention.b"): "as in additive",
+    ("position", "1.key.bias"): "as in multi_head",
+    ("region_non_local", "1.phi.bias"): "as in multi_head",
 }
 
 

@@ -1,28 +1,13 @@
 """Non-local blocks: the authors' Caffe2 graph, and the common PyTorch port."""
 
 from refattn.attention.spatial import non_local
-from refattn.primitives import batch_norm, linear
+from refattn.primitives import batch_norm
 from tests.golden import Case
+from tests.golden.san import block_params
 
 
 def case(record):
     return _port(record) if record.meta["case"].startswith("port_") else _official(record)
-
-
-def block_params(get, names, norm=(None, None), concat=None):
-    """Params from official names of the maps (g, out, theta, phi), each a pair (weight, bias), of norm and concat."""
-
-    def pointwise(weight, bias):
-        kernel = get(weight, optional=True)
-        return None if kernel is None else linear.Params(kernel.reshape(kernel.shape[:2]), get(bias, optional=True))
-
-    gamma, beta = (None if name is None else get(name, optional=True) for name in norm)
-    concat = None if concat is None else get(concat, optional=True)
-    return non_local.Params(
-        *(pointwise(*pair) for pair in names),
-        concat=None if concat is None else concat.reshape(2, -1),
-        norm=None if gamma is None else batch_norm.Params(gamma, beta),
-    )
 
 
 def _official(record):
