@@ -27,13 +27,22 @@ def by_channels(function, *trees, expansion=1):
     edges = [channels * i // parts for i in range(parts + 1)]
     first, *others = (_channels(trees, slice(start, stop)) for start, stop in itertools.pairwise(edges))
     # NumPy lets go of Python's lock while it computes; the context brings np.errstate along
-    tasks = [_workers().submit(contextvars.copy_context().run, function, *some) for some in others]
-    results = [function(*first), *(task.result() for task in tasks)]
+    tasks = [_workers().submit(contextvars.copy_context().run, _run, function, some) for some in others]
+    results = [_run(function, first), *(task.result() for task in tasks)]
     return tree_map(lambda *small: np.concatenate(small), *results)
 
 
 def _channels(trees, some):
     return tree_map(lambda a: a[:, some] if a.ndim > 1 else a[some], trees)
+
+
+def _run(function, trees):
+    """function(*trees) with a small buffer: NumPy fills it with copies where it stretches one value over a row."""
+    before = np.setbufsize(4096)
+    try:
+        return function(*trees)
+    finally:
+        np.setbufsize(before)
 
 
 @functools.cache

@@ -16,11 +16,13 @@ Choices
     A window that does not fit is left out (torch's ceil_mode=False), and one that sees nothing but padding is an error.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from refattn.blocks import by_channels
 from refattn.core import About, Array, Call, Shaped, expect, shaped
 from refattn.windows import Windows, inside, pad, padded_space, pixels_seen, taps, windows
 
@@ -44,22 +46,34 @@ def forward(
     expect(seen.all(), "average_pool.forward: padding", padding, "less, so that every window sees a pixel of x")
     divisor = np.where(count_include_pad, math.prod(w.kernel), seen).astype(x.real.dtype)
 
+    y = np.empty((*x.shape[:2], *w.output), x.dtype)
+    by_channels(functools.partial(_average, w, divisor), x, y)
+    return y, Saved(divisor, w)
+
+
+def _average(w, divisor, x, y):
+    """Fill y."""
     padded = pad(x, w)
-    y = np.zeros((*x.shape[:2], *w.output), x.dtype)
+    y[:] = 0
     for tap in taps(w):
         y += padded[tap]
     y /= divisor
-    return y, Saved(divisor, w)
 
 
 @shaped
 def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"]]:
     divisor, w = saved
+    padded = np.empty((*dy.shape[:2], *padded_space(w)), dy.dtype)
+    by_channels(functools.partial(_pull_back, w, divisor), padded, dy)
+    return (padded[inside(w)],)
+
+
+def _pull_back(w, divisor, padded, dy):
+    """Fill padded."""
     share = dy / divisor
-    padded = np.zeros((*dy.shape[:2], *padded_space(w)), dy.dtype)
+    padded[:] = 0
     for tap in taps(w):
         padded[tap] += share
-    return (padded[inside(w)],)
 
 
 def example(draw):

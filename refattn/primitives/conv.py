@@ -94,7 +94,10 @@ def _pull_back(w, x, dy, dx, weight, dweight):
     dy = dy.reshape(*dy.shape[:3], math.prod(w.output))
     dweight[:] = (dy @ _columns(x, w).swapaxes(2, 3)).sum(axis=0)
     product = np.multiply if dy.shape[2] == 1 else np.matmul  # the same for one output, and faster
-    dx[:] = _add_columns(product(weight.swapaxes(2, 3), dy), x.shape, w)
+    if w.pointwise:
+        product(weight.swapaxes(2, 3), dy, out=dx.reshape(*dx.shape[:3], dy.shape[3]))
+    else:
+        dx[:] = _add_columns(product(weight.swapaxes(2, 3), dy), x.shape, w)
 
 
 def _grouped(x, groups):
@@ -120,8 +123,6 @@ def _columns(x, w):
 
 def _add_columns(columns, shape, w):
     """col2im: from (N, groups, I K, T) to (N, groups, I, *S), every entry added to the pixel it was copied from."""
-    if w.pointwise:
-        return columns.reshape(shape)
     columns = columns.reshape(*shape[:3], math.prod(w.kernel), *w.output)
     padded = np.zeros((*shape[:3], *padded_space(w)), columns.dtype)
     for k, tap in enumerate(taps(w)):
