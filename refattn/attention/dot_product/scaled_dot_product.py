@@ -21,8 +21,8 @@ Choices
     mask[..., i, j] is True where key j takes part for query i. It has one entry per score: a mask for all heads is
     np.broadcast_to(mask, (B, H, Q, K)). is_causal lets query i see the keys j <= i, counted from the first of
     each (top-left, as torch), and only those of them that the mask allows.
-    A query that may attend to nothing gets zeros, and gives none a gradient. A masked key is never read, but a masked
-    value is multiplied by 0: NaN and inf in it show.
+    A query that may attend to nothing gets zeros, and gives none a gradient. What is masked is multiplied by 0, so that
+    NaN or inf in a masked value shows in y, and in a masked key in the gradient of q.
 """
 
 import math
