@@ -32,7 +32,7 @@ from refattn.core import tree_map
 
 SLOPPY = 8.0
 FACTOR = 24.0
-RUNS = 24
+RUNS = 16
 
 
 def unit_roundoff(dtype):
@@ -89,7 +89,7 @@ class Noise(NamedTuple):
     def add(self, x, spread, remember=False):
         """x, each element moved by up to its spread, as an array that goes on being noisy."""
         error = self.rng.uniform(-1, 1, np.shape(x)) * (spread + self.tiny)
-        moved = self.wrap(np.where(x == 0, 0, x + np.where(np.isfinite(error), error, 0)))
+        moved = self.wrap(np.where(np.isfinite(error) & (x != 0), x + error, x))
         if remember and self.afresh:
             moved.exact = x, spread
         return moved
@@ -190,4 +190,13 @@ def _summed(subscripts, *operands):
     return math.prod(n for letter, n in lengths.items() if letter not in kept)
 
 
-PRODUCTS = {np.einsum: _summed, np.dot: lambda a, b: a.shape[-1], np.inner: lambda a, b: a.shape[-1]}
+PRODUCTS = {  # of two operands, linear in each: how many terms are summed
+    np.einsum: _summed,
+    np.dot: lambda a, b: a.shape[-1],
+    np.inner: lambda a, b: a.shape[-1],
+    np.tensordot: lambda a, b, axes=2: math.prod(a.shape[i] for i in np.arange(a.ndim)[_axes_of_first(axes)]),
+}
+
+
+def _axes_of_first(axes):
+    return slice(-axes, None) if isinstance(axes, int) else axes[0]

@@ -144,12 +144,13 @@ def judge(run, candidate, mechanism, call, dtype, gradients, seed):
         dout = cast(cast(tree_map(lambda y: rng.normal(size=y.shape), out), dtype), np.float64)
         grads = tuple(mechanism.backward(dout, saved))
     given = dict(zip(names, cast(call.args, dtype))) | {k: cast(v, dtype) for k, v in call.options.items()}
+    given["dout"] = cast(dout, dtype)
     before = {name: tree_map(np.copy, value) for name, value in given.items()}
     args, options = [given[n] for n in names[: len(call.args)]], {k: given[k] for k in call.options}
     down = in_words(call, names)
     try:
         with np.errstate(all="ignore"):
-            result, their_grads = run(candidate, args, options, cast(dout, dtype))
+            result, their_grads = run(candidate, args, options, given["dout"])
     except NotHandled:
         raise
     except Exception as error:

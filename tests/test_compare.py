@@ -1,0 +1,112 @@
+"""The verdict on one array: NaN fails, and so does everything else that should."""
+
+import numpy as np
+import pytest
+
+from refattn.oracle.compare import compare
+
+NAN, INF = np.nan, np.inf
+Y = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+
+
+def off(index, by):
+    y = Y.copy()
+    y[index] += by
+    return y
+
+
+def test_inside_conforms():
+    verdict = compare(Y, off((1, 0), 0.5), np.full(Y.shape, 1.0), name="dq")
+    assert verdict.conforms and verdict.name == "dq" and verdict.outside == 0 and verdict.size == 6
+    assert verdict.index == (1, 0) and verdict.ratio == 0.5
+
+
+def test_outside_is_shown_with_its_place_and_both_values():
+    verdict = compare(Y, off((0, 2), -0.75) + 0.125, np.full(Y.shape, 0.25))
+    assert not verdict.conforms and verdict.outside == 1 and verdict.index == (0, 2)
+    assert (verdict.expected, verdict.got, verdict.error, verdict.allowed) == (3.0, 2.375, 0.625, 0.25)
+    assert verdict.ratio == 2.5
+    text = str(verdict)
+    assert "2.375 at [0, 2], expected 3" in text and "2.5 times the allowed 0.25" in text and "1 of 6" in text
+
+
+def test_the_worst_is_relative_to_what_is_allowed():
+    allowed = np.ones(Y.shape)
+    allowed[1, 1] = 1e-3
+    verdict = compare(Y, off((0, 0), 0.5) + (off((1, 1), 0.1) - Y), allowed)
+    assert verdict.index == (1, 1) and not verdict.conforms and verdict.outside == 1
+
+
+@pytest.mark.parametrize(
+    "expected, got, conforms",
+    [
+        (1.0, NAN, False),
+        (NAN, NAN, True),
+        (NAN, 1.0, False),
+        (INF, INF, True),
+        (-INF, -INF, True),
+        (INF, -INF, False),
+        (1.0, INF, False),
+        (1.0, -INF, False),
+        (INF, 1.0, False),
+        (NAN, INF, False),
+        (0.0, -0.0, True),
+    ],
+)
+@pytest.mark.parametrize("allowed", [0.5, 1e300])
+def test_special_values(expected, got, conforms, allowed):
+    verdict = compare(np.array([0.0, expected]), np.array([0.0, got]), allowed)
+    assert verdict.conforms is conforms
+    assert conforms or (verdict.index == (1,) and verdict.outside == 1 and verdict.ratio == INF)
+
+
+def test_where_nothing_is_allowed_only_the_same_will_do():
+    assert compare(Y, Y, 0.0).conforms
+    verdict = compare(Y, off((1, 2), 1e-300) if 6 + 1e-300 != 6 else off((1, 2), 1e-12), 0.0)
+    assert not verdict.conforms and verdict.ratio == INF
+
+
+def test_an_allowance_that_is_no_number_allows_nothing():
+    verdict = compare(Y, off((0, 1), 1e-9), np.full(Y.shape, NAN))
+    assert not verdict.conforms and verdict.index == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "got, words",
+    [
+        (None, "nothing came back"),
+        ([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "is a list, expected an array"),
+        (Y.T, "has shape (3, 2), expected (2, 3)"),
+        (Y[0], "has shape (3,), expected (2, 3)"),
+        (Y[..., None], "has shape (2, 3, 1), expected (2, 3)"),
+        (Y.astype(np.float32), "has dtype float32, expected float64"),
+        (Y.astype(int), "has dtype int64, expected float64"),
+    ],
+)
+def test_what_cannot_be_compared_fails_in_words(got, words):
+    verdict = compare(Y, got, 1e9, dtype=np.float64)
+    assert not verdict.conforms and verdict.problem == words == str(verdict)
+
+
+def test_whole_numbers_are_no_output():
+    assert compare(Y, Y.astype(int), 1e9).problem == "has dtype int64, expected floating point"
+
+
+def test_float32_is_compared_in_float64():
+    third = np.array([1 / 3])
+    verdict = compare(third, third.astype(np.float32), 2.0**-26)
+    assert verdict.conforms and 0 < verdict.error < 1e-8
+
+
+def test_scalars_and_empty_arrays():
+    assert compare(np.float64(2), np.float64(2.5), 1.0).index == ()
+    assert not compare(np.float64(2), np.float64(2.5), 0.1).conforms
+    empty = compare(np.ones((0, 3)), np.ones((0, 3)), 0.0)
+    assert empty.conforms and empty.size == 0 and str(empty) == "empty"
+    assert not compare(np.ones((0, 3)), np.ones((3, 0)), 0.0).conforms
+
+
+def test_the_arrays_are_left_alone():
+    got, allowed = off((0, 0), 1), np.full(Y.shape, 0.5)
+    compare(Y, got, allowed)
+    assert np.array_equal(got, off((0, 0), 1)) and (allowed == 0.5).all()
