@@ -3,10 +3,10 @@
     python -m benchmarks.vision [--json FILE] [--rounds 3] [name ...]
 
 Both sides compute in float64 on the CPU, from the same numbers, with the threads each takes by itself, and must agree
-before they are timed. A round runs ours several times in a row, then torch, with a pause between: threads of one library
-that wait for more work would otherwise steal time from the other. The table shows medians over all runs but the first
-in a row. At the start a large array is made and freed: after that the C library keeps freed memory for the next array,
-as it does in any long-running program, and no row is judged on the making of fresh pages.
+before they are timed. A round runs ours several times in a row, then torch, with a pause between: threads of one
+library that wait for more work would otherwise steal time from the other. The table shows medians over all runs but
+the first in a row. At the start a large array is made and freed: after that the C library keeps freed memory for the
+next array, as in any long-running program, and no row is judged on the making of fresh pages.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from refattn.attention.channel import (
+    channel_self,
     efficient_channel,
     second_order_channel,
     selective_kernel,
@@ -30,6 +31,8 @@ from refattn.attention.channel import (
     split_attention,
     squeeze_excitation,
 )
+from refattn.attention.mixed import bam, cbam, dual
+from refattn.attention.spatial import non_local, position
 from refattn.core import leaves, tree_map
 from refattn.primitives import average_pool, batch_norm, bilinear_resize, conv, max_pool
 
@@ -81,6 +84,7 @@ def rows():
         lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
     )
     yield from channel_rows(rng, x)
+    yield from spatial_rows(rng, x)
 
 
 def channel_rows(rng, x):
@@ -145,6 +149,67 @@ def torch_split_attention(x, p):
     h = torch_block(splits.sum(1).mean((2, 3)), p.fc1, p.norm1)
     attention = F.linear(h, *p.fc2).reshape(N, 2, C, 1, 1).softmax(1)
     return (attention * splits).sum(1)
+
+
+def spatial_rows(rng, x):
+    small = rng.normal(size=(N, C, H // 2, W // 2))  # a map of all pixels by all pixels is sixteen times smaller
+    yield Row("cbam", cbam, (x, lively(cbam.init(rng, C))), {}, torch_cbam)
+    yield Row("bam", bam, (x, lively(bam.init(rng, C))), {}, torch_bam)
+    yield Row("non-local", non_local, (x, lively(non_local.init(rng, C))), {}, torch_non_local)
+    yield Row("position, 28x28", position, (small, lively(position.init(rng, C))), {}, torch_position)
+    yield Row("channel self", channel_self, (x, lively(channel_self.init(rng))), {}, torch_channel_self)
+    yield Row("dual head, 28x28", dual, (small, lively(dual.init(rng, C, 19))), {}, torch_dual)
+
+
+def lively(params):
+    """`params` with 0.1 for what starts at 0: a block that starts as the identity would hide a wrong gradient."""
+    return tree_map(lambda a: a if a.any() else a + 0.1, params)
+
+
+def torch_cbam(x, p):
+    z = torch.stack([x.mean((2, 3)), x.flatten(2).max(2)[0]])
+    h = F.relu(F.linear(z, p.channel.w1, p.channel.b1))
+    x = x * torch.sigmoid(F.linear(h, p.channel.w2, p.channel.b2).sum(0))[:, :, None, None]
+    f = F.conv2d(torch.stack([x.max(1)[0], x.mean(1)], 1), p.spatial.weight, padding=3)
+    return x * torch.sigmoid(F.batch_norm(f, None, None, *p.spatial.norm, training=True))
+
+
+def torch_bam(x, p):
+    c = x.mean((2, 3))
+    for layer in p.channel.hidden:
+        c = torch_block(c, *layer)
+    c = F.linear(c, *p.channel.final)[:, :, None, None]
+    f = torch_block(x, *p.spatial.reduce, padding=0)
+    for block in p.spatial.dilated:
+        f = torch_block(f, *block, padding=4, dilation=4)
+    return x * (1 + torch.sigmoid(c * F.conv2d(f, *p.spatial.final)))
+
+
+def torch_non_local(x, p):
+    rows, keys = x.flatten(2).mT, F.max_pool2d(x, 2).flatten(2).mT
+    theta, phi, g = F.linear(rows, *p.theta), F.linear(keys, *p.phi), F.linear(keys, *p.g)
+    weights = (theta @ phi.mT / theta.shape[2] ** 0.5).softmax(2)
+    change = F.linear(weights @ g, *p.out).mT.reshape(x.shape)
+    return x + F.batch_norm(change, None, None, *p.norm, training=True)
+
+
+def torch_position(x, p):
+    rows = x.flatten(2).mT
+    weights = (F.linear(rows, *p.query) @ F.linear(rows, *p.key).mT).softmax(2)
+    return x + p.gamma * (weights @ F.linear(rows, *p.value)).mT.reshape(x.shape)
+
+
+def torch_channel_self(x, p):
+    flat = x.flatten(2)
+    return x + p.gamma * ((-flat @ flat.mT).softmax(2) @ flat).reshape(x.shape)
+
+
+def torch_dual(x, p):
+    attended = torch_position(torch_block(x, *p.position_in, padding=1), p.position)
+    mixed = torch_channel_self(torch_block(x, *p.channel_in, padding=1), p.channel)
+    a, b = torch_block(attended, *p.position_out, padding=1), torch_block(mixed, *p.channel_out, padding=1)
+    outs = F.conv2d(a + b, *p.classify_both), F.conv2d(a, *p.classify_position), F.conv2d(b, *p.classify_channel)
+    return dual.Out(*outs)
 
 
 def ours(row, dout):
