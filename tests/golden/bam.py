@@ -19,18 +19,17 @@ def case(record):
             return kind(get(f"param.{name}.weight"), get(f"param.{name}.bias"))
 
         def block(name, norm):
-            return conv_norm_relu.Params(pair(conv.Params, f"{SPATIAL}conv_{name}"), pair(batch_norm.Params, norm))
+            return conv_norm_relu.Params(pair(conv.Params, name), pair(batch_norm.Params, norm))
 
-        hidden = (
-            bam_channel.Layer(pair(linear.Params, f"{CHANNEL}fc_{layer}"), pair(batch_norm.Params, norm))
-            for layer, norm in enumerate(channel_norms)
+        channel = bam_channel.Params(
+            hidden=tuple(block(f"{CHANNEL}fc_{layer}", norm) for layer, norm in enumerate(channel_norms)),
+            final=pair(linear.Params, f"{CHANNEL}fc_final"),
         )
         spatial = bam_spatial.Params(
-            reduce=block("reduce0", spatial_norms[0]),
-            dilated=tuple(block(f"di_{number}", norm) for number, norm in enumerate(spatial_norms[1:])),
+            reduce=block(f"{SPATIAL}conv_reduce0", spatial_norms[0]),
+            dilated=tuple(block(f"{SPATIAL}conv_di_{number}", norm) for number, norm in enumerate(spatial_norms[1:])),
             final=pair(conv.Params, f"{SPATIAL}conv_final"),
         )
-        channel = bam_channel.Params(tuple(hidden), pair(linear.Params, f"{CHANNEL}fc_final"))
         return get("in.x"), bam.Params(channel, spatial)
 
     before = {
@@ -45,8 +44,8 @@ def case(record):
     def after(saved):
         buffers = {}
         spatial = saved.spatial.reduce, *saved.spatial.dilated
-        for norm, layer in zip(channel_norms + spatial_norms, saved.channel.hidden + spatial):
-            stats = batch_norm.running(before[norm], layer.norm)
+        for norm, block in zip(channel_norms + spatial_norms, saved.channel.hidden + spatial):
+            stats = batch_norm.running(before[norm], block.norm)
             buffers |= {f"{norm}.running_mean": stats.mean, f"{norm}.running_var": stats.var}
         return buffers
 

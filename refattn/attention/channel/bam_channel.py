@@ -10,7 +10,7 @@ Shapes
 
 Forward
     z_nc   = mean of x_ncij over the pixels of a window
-    u_l    = batch_norm(W_l h_{l-1} + b_l),   h_l = max(u_l, 0)             h_0 = z
+    h_l    = conv_norm_relu(h_{l-1})          a convolution without space: W_l h_{l-1} + b_l;   h_0 = z
     e_nc   = W h_last + b                     the logits
     g_nc   = sigmoid(e)
     y_ncij = x_ncij (1 + g_nc)
@@ -18,8 +18,7 @@ Forward
 Backward, with a bar for "gradient of the loss with respect to"
     gbar_nc   = sum_ij ybar_ncij x_ncij
     ebar      = gbar g (1 - g)
-    hbar_last = ebar W
-    ubar_l    = hbar_l [h_l > 0],   hbar_{l-1} = (batch normalisation's gradient of ubar_l) W_l
+    hbar_last = ebar W,   hbar_{l-1} = the gradient of block l of hbar_l
     xbar_ncij = ybar_ncij (1 + g_nc), and zbar_nc / (size of the window) inside the window
 
 Choices
@@ -36,17 +35,12 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.core import About, Array, Call, Shaped, expect, shaped, tree_map
-from refattn.elementwise import relu, sigmoid
-from refattn.primitives import batch_norm, linear
-
-
-class Layer(NamedTuple):
-    linear: linear.Params
-    norm: batch_norm.Params
+from refattn.elementwise import sigmoid
+from refattn.primitives import batch_norm, conv_norm_relu, linear
 
 
 class Params(NamedTuple):
-    hidden: tuple[Layer, ...]
+    hidden: tuple[conv_norm_relu.Params, ...]  # (M, C), (M, M), ...: a convolution without space is a linear map
     final: Shaped[linear.Params, "O=C"]
 
 
@@ -54,15 +48,9 @@ class Stats(NamedTuple):
     hidden: tuple[batch_norm.Stats, ...]
 
 
-class SavedLayer(NamedTuple):
-    linear: linear.Saved
-    norm: batch_norm.Saved
-    h: Shaped[Array, "N M"]
-
-
 class SavedLogits(NamedTuple):
     window: tuple  # shape of x, rows, columns
-    hidden: tuple
+    hidden: tuple[conv_norm_relu.Saved, ...]
     final: linear.Saved
 
 
@@ -75,30 +63,28 @@ class Saved(NamedTuple):
 def init(rng, channels, reduction=16, layers=1):
     """Each part as its own file starts it."""
     widths = [channels, *[max(channels // reduction, 1)] * layers]
-    hidden = (Layer(linear.init(rng, i, o), batch_norm.init(rng, o)) for i, o in pairwise(widths))
-    return Params(tuple(hidden), linear.init(rng, widths[-1], channels))
+    hidden = tuple(conv_norm_relu.init(rng, i, o, (), bias=True) for i, o in pairwise(widths))
+    return Params(hidden, linear.init(rng, widths[-1], channels))
 
 
 def init_stats(params):
     """The running statistics before the first batch."""
-    return Stats(tuple(batch_norm.init_stats(len(layer.norm.beta)) for layer in params.hidden))
+    return Stats(tuple(batch_norm.init_stats(len(block.norm.beta)) for block in params.hidden))
 
 
 @shaped
 def logits(
     x: Shaped[Array, "N C H W"], params: Params, *, pool: str = "square", stats: Stats | None = None
 ) -> tuple[Shaped[Array, "N C"], SavedLogits]:
-    layers = len(params.hidden)
-    every = (None,) * layers if stats is None else stats.hidden
-    expect(len(every) == layers, "bam_channel.forward: stats", stats, f"{layers} of batch_norm.Stats, one per layer")
+    blocks = len(params.hidden)
+    every = (None,) * blocks if stats is None else stats.hidden
+    expect(len(every) == blocks, "bam_channel.forward: stats.hidden", every, f"{blocks} batch_norm.Stats")
     rows, columns = _window(x, pool)
     z = x[:, :, :rows, :columns].mean(axis=(2, 3))
     h, hidden = z, []
-    for layer, layer_stats in zip(params.hidden, every):
-        a, mapped = linear.forward(h, layer.linear)
-        u, normed = batch_norm.forward(a, layer.norm, stats=layer_stats)
-        h = relu(u)
-        hidden.append(SavedLayer(mapped, normed, h))
+    for block, block_stats in zip(params.hidden, every):
+        h, saved = conv_norm_relu.forward(h, block, stats=block_stats)
+        hidden.append(saved)
     e, final = linear.forward(h, params.final)
     return e, SavedLogits((x.shape, rows, columns), tuple(hidden), final)
 
@@ -108,11 +94,9 @@ def logits_backward(de: Shaped[Array, "N C"], saved: SavedLogits) -> tuple[Shape
     (shape, rows, columns), hidden, final = saved
     dh, dfinal = linear.backward(de, final)
     dhidden = []
-    for layer in reversed(hidden):
-        du = dh * (layer.h.real > 0)
-        da, dnorm = batch_norm.backward(du, layer.norm)
-        dh, dlinear = linear.backward(da, layer.linear)
-        dhidden.append(Layer(dlinear, dnorm))
+    for block in reversed(hidden):
+        dh, dblock = conv_norm_relu.backward(dh, block)
+        dhidden.append(dblock)
     dx = np.zeros(shape, dh.dtype)
     dx[:, :, :rows, :columns] = dh[:, :, None, None] / (rows * columns)
     return dx, Params(tuple(reversed(dhidden)), dfinal)
