@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.core import About, Array, Call, Shaped, expect, shaped, tree_map
 from refattn.elementwise import relu, sigmoid
 from refattn.primitives import covariance_pool, matrix_sqrt
 
@@ -116,14 +116,20 @@ def _middle(height, width, crop):
     return rows, columns
 
 
+CASES = (  # height, width, crop: one for every way that `_middle` can go
+    *((1, 2, None), (3, 2, 1000)),  # all
+    *((2, 4, 3), (4, 1, 2), (3, 4, 2)),  # columns, rows, both
+    *((2, 4, 4), (3, 2, 3)),  # the shorter side from its end
+)
+
+
 def example(draw):
-    channels, height = draw.size("C"), draw.size("H")
-    width = draw.size("W", low=2 if height == 1 else 1)
+    channels, (height, width, crop) = draw.size("C", high=3), draw.choice("height, width, crop", *CASES)
     ramp = np.arange(height * width).reshape(height, width) / 24  # no image may be constant
     x = draw.array(draw.size("N", high=3), channels, height, width) + ramp
     params = draw.like(init(draw.rng, channels, draw.choice("reduction", 1, 2), bias=draw.choice("bias", True, False)))
-    options = {"iterations": draw.choice("iterations", 5, 2), "crop": draw.choice("crop", 1000, None, 2, 3, 4)}
-    return Call((x, params), options)
+    params = tree_map(lambda p: p / 4 + 33 / 128, params)  # never 0, where the ReLU has its kink
+    return Call((x, params), {"crop": crop, "iterations": draw.choice("iterations", 5, 2)})
 
 
 ABOUT = About(

@@ -154,7 +154,7 @@ def example(draw):
     options["stats"] = None if training else _example_stats(draw, params)
     options["eps"] = 0.1 if training else 1e-5  # rounding grows by 1 / sqrt(eps) where a batch has no variance
     x = draw.array(draw.size("N", low=3 if training else 1), inputs, draw.size("H", high=3), draw.size("W", high=3))
-    params = tree_map(lambda p: p / 4 + 1 / 32, draw.like(params))  # never 0, where a ReLU has its kink
+    params = tree_map(lambda p: p / 4 + 33 / 128, draw.like(params))  # never 0, where a ReLU has its kink
     return Call((x, params), options)
 
 

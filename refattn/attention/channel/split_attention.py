@@ -170,7 +170,7 @@ def example(draw):
     least = max(options["dilation"] * (kernel - 1) - 2 * options["padding"], 0)
     space = (least + draw.size(f"{axis} - {least}", high=2) for axis in "HW")
     x = draw.array(draw.size("N", low=3 if norm and training else 1), inputs, *space)
-    params = tree_map(lambda p: p / 4 + 1 / 32, draw.like(params))  # never 0, where a ReLU has its kink
+    params = tree_map(lambda p: p / 4 + 33 / 128, draw.like(params))  # never 0, where a ReLU has its kink
     return Call((x, params), options)
 
 
