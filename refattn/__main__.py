@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import refattn
@@ -34,6 +35,9 @@ def main(argv=None):
     except BadUse as error:
         print(f"refattn: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("refattn: a worker died; --jobs 1 will show where", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("refattn: interrupted", file=sys.stderr)
         return 130

@@ -34,7 +34,10 @@ def table(title, columns, rows):
     for row in rows:
         shown.add_row(*(rich.text.Text(cell, STYLES.get(cell, "")) for cell in row))
     width = shutil.get_terminal_size((140, 24)).columns
-    rich.console.Console(file=sys.stdout, width=max(width, 80)).print(shown)
+    console = rich.console.Console(file=sys.stdout, width=max(width, 80))
+    with console.capture() as captured:  # rich ends the program if nobody reads; print leaves that to us
+        console.print(shown)
+    print(captured.get(), end="")
 
 
 def plain_table(title, columns, rows):

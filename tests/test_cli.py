@@ -1,200 +1,402 @@
-"""The command line as its user types it: exit status, words, files."""
+"""The command line: what it prints, and how it ends."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import textwrap
+import time
 
+import numpy as np
 import pytest
 
 import refattn
 from refattn import report, trials
 from refattn.__main__ import main
-from refattn.registry import everything, mechanisms
-
-EXAMPLES = Path(refattn.__file__).parent / "examples"
-RIGHT = f"{EXAMPLES / 'blocked_attention.py'}:forward"
-WRONG = f"{EXAMPLES / 'blocked_attention_with_a_bug.py'}:forward"
-BACKWARD = f"{EXAMPLES / 'blocked_attention.py'}:backward"
-
-ONE_LAW = ("softmax", "--examples", "2", "--jobs", "1")
+from refattn.examples import blocked_attention
+from refattn.oracle import bounds
+from refattn.registry import everything
 
 
-def test_list_names_everything(capsys):
-    assert main(["list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in everything())
-
-
-def test_list_as_json(capsys):
-    assert main(["list", "--json"]) == 0
-    facts = {fact["name"]: fact for fact in json.loads(capsys.readouterr().out)}
-    assert set(facts) == set(everything())
-    assert facts["squeeze_excitation"]["family"] == "channel"
-    assert "2018" in facts["squeeze_excitation"]["paper"]
-
-
-def test_show(capsys):
-    assert main(["show", "squeeze_excitation"]) == 0
-    shown = capsys.readouterr().out
-    assert "Squeeze-and-Excitation." in shown and "Backward" in shown and "def backward(" in shown
-    assert "forward(x: (N, C, H, W)" in shown and "Params(w1: (R, C)" in shown
-
-
-def test_check_of_one_mechanism(capsys):
-    assert main(["check", *ONE_LAW]) == 0
-    assert "All 1 as they should be." in capsys.readouterr().out
-
-
-def test_check_in_several_processes(capsys, tmp_path):
-    file = tmp_path / "out.json"
-    assert main(["check", "softmax", "linear", "--examples", "1", "--jobs", "2", "--json", str(file)]) == 0
-    capsys.readouterr()
-    assert [law["name"] for law in json.loads(file.read_text())["laws"]] == ["softmax", "linear"]
-
-
-def test_a_mechanism_that_fails_its_laws(capsys, monkeypatch):
-    module = everything()["softmax"].module
-    right = module.backward
-    monkeypatch.setattr(module, "backward", lambda dp, saved: (1.01 * right(dp, saved)[0],))
-    assert main(["check", *ONE_LAW]) == 1
-    printed = capsys.readouterr().out
-    assert "FAILS" in printed and "gradient_matches_complex_step" in printed and "1 of 1 differ." in printed
-
-
-def test_a_right_kernel_conforms(capsys):
-    assert main(["check", RIGHT, "--like", "scaled_dot_product", "--backward", BACKWARD, "--examples", "6"]) == 0
-    printed = capsys.readouterr().out
-    assert "conforms" in printed and "never exercised: scale, mask" in printed
-
-
-def test_a_wrong_kernel_differs(capsys, tmp_path):
-    file = tmp_path / "out.json"
-    assert main(["check", WRONG, "--like", "scaled_dot_product", "--forward-only", "--json", str(file)]) == 1
-    printed = capsys.readouterr().out
-    assert "DIFFERS" in printed and "times the allowed" in printed and "gradients are not judged" in printed
-    written = json.loads(file.read_text())
-    assert written["ok"] is False
-    assert written["verdicts"]["out"]["ratio"] > 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
-
-
-def test_the_seed_decides(capsys):
-    printed = []
-    for seed in ("3", "3", "4"):
-        main(["check", RIGHT, "--like", "scaled_dot_product", "--forward-only", "--examples", "4", "--seed", seed])
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] != printed[2]
-
-
-BAD_USE = [
-    (["check", "sotmax"], "did you mean softmax"),
-    (["show", "no_such"], "no mechanism 'no_such'"),
-    (["check", RIGHT], "needs --like NAME"),
-    (["check", "no_such_file.py:f", "--like", "softmax"], "no_such_file.py: no such file"),
-    (["check", f"{EXAMPLES / 'blocked_attention.py'}:nothing", "--like", "softmax"], "has no function nothing; it has"),
-    (["check", RIGHT, "--like", "softmax"], "check: forward takes"),
-    (
-        ["check", RIGHT, "--like", "scaled_dot_product", "--framework", "theano"],
-        "framework is 'theano', expected one of",
-    ),
-    (["check", "--like", "softmax"], "--like needs FILE.py:FUNCTION"),
-    (["check", "softmax", "--json", "no_such_folder/out.json"], "--json: cannot write to no_such_folder"),
-]
-
-
-@pytest.mark.parametrize(("argv", "words"), BAD_USE, ids=[words for _, words in BAD_USE])
-def test_bad_use(argv, words, capsys):
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err and "Traceback" not in captured.err
-    assert captured.out == ""
-
-
-@pytest.mark.parametrize("argv", [[], ["chekc"], ["check", "--jobs", "0"], ["check", "--dtype", "float8"]])
-def test_what_argparse_refuses(argv, capsys):
-    with pytest.raises(SystemExit) as refused:
-        main(argv)
-    assert refused.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
-def test_a_file_that_raises_on_import(capsys, tmp_path):
-    (tmp_path / "broken.py").write_text("1 / 0\n")
-    assert main(["check", f"{tmp_path / 'broken.py'}:f", "--like", "softmax"]) == 2
-    assert "cannot be imported: ZeroDivisionError: division by zero" in capsys.readouterr().err
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["--version"])
-    assert done.value.code == 0 and refattn.__version__ in capsys.readouterr().out
-
-
-def test_without_rich(capsys, monkeypatch):
+@pytest.fixture(autouse=True)
+def plain_text(monkeypatch):
+    """As without rich: a table that does not depend on a terminal."""
     monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert main(["check", *ONE_LAW]) == 0
-    printed = capsys.readouterr().out
-    assert "mechanism  family" in printed and "All 1 as they should be." in printed
 
 
-@pytest.mark.parametrize("rich", [True, False])
-def test_progress_on_a_terminal(rich, capsys, monkeypatch):
-    if rich:
-        pytest.importorskip("rich", reason="needs rich: pip install 'refattn[cli]'")
-    else:
-        monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with report.progress(2) as done:
-        done("softmax")
-        done("conv")
-    if not rich:
-        assert "[###############...............] 1/2 softmax" in capsys.readouterr().err
+@pytest.fixture
+def refattn_cli(capsys):
+    def run(*arguments):
+        try:
+            status = main(list(map(str, arguments)))
+        except SystemExit as end:  # argparse
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def test_without_torch_it_says_what_to_install():
-    code = "import sys; sys.modules['torch'] = None; from refattn.__main__ import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "check", "torch"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2 and "pip install 'refattn[torch]'" in done.stderr and "Traceback" not in done.stderr
+def process(*arguments, without=(), **options):
+    """A process of its own, in which some packages cannot be imported."""
+    hide = "".join(f"sys.modules[{name!r}] = None; " for name in without)
+    code = f"import sys; {hide}from refattn.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 300} | options)
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
-    pipe = f"{sys.executable} -m refattn list | head -1"
-    done = subprocess.run(pipe, shell=True, capture_output=True, text=True, timeout=120, check=False)
-    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+# --- list and show -------------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
-    def interrupted(tasks, jobs):
-        raise KeyboardInterrupt
+def test_version(refattn_cli):
+    assert refattn_cli("--version") == (0, f"refattn {refattn.__version__}\n", "")
 
-    monkeypatch.setattr(trials, "run", interrupted)
-    assert main(["check"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+
+def test_list(refattn_cli):
+    status, out, err = refattn_cli("list")
+    assert status == 0 and err == ""
+    for m in everything().values():
+        assert any(line.split()[:2] == [m.name, m.family] for line in out.splitlines())
+
+
+def test_list_as_json(refattn_cli):
+    status, out, _ = refattn_cli("list", "--json")
+    records = {record["name"]: record for record in json.loads(out)}
+    assert status == 0 and set(records) == set(everything())
+    record = records["squeeze_excitation"]
+    assert record["family"] == "channel" and "CVPR 2018" in record["paper"] and "batch_independent" in record["laws"]
+
+
+@pytest.mark.parametrize("name", ["squeeze_excitation", "linear", "lstm_cell", "scaled_dot_product"])
+def test_show(refattn_cli, name):
+    status, out, _ = refattn_cli("show", name)
+    m = everything()[name]
+    assert status == 0 and out.count(m.title + ".\n") == 1  # the docstring is not shown again with the source
+    assert "\nforward(" in out and "\nbackward(" in out and "Saved(" in out and "\n@shaped\ndef forward(" in out
+
+
+def test_show_spells_the_shapes(refattn_cli):
+    out = refattn_cli("show", "linear")[1]
+    assert "Params(weight: (O, I), bias: (O,) or None)" in out and "init(rng, inputs, outputs, bias=True)" in out
+    assert "forward(x: (*L, I), params: linear.Params) -> ((*L, O), linear.Saved)" in out
+
+
+# --- bad use -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, text in {
+        "good.py": """
+            from beside import multiply
+            LIST = [1]
+            def f(x, params):
+                return multiply(x, params.weight) + (0 if params.bias is None else params.bias)
+            def wrong(x, params):
+                return 1.01 * multiply(x, params.weight)
+            def takes_more(x, params, y):
+                return x
+            def backward(dout, x, params, out):
+                flat_x, flat = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
+                bias = None if params.bias is None else flat.sum(0)
+                return dout @ params.weight, (flat.T @ flat_x, bias)
+            """,
+        "beside.py": "def multiply(x, w):\n    return x @ w.T\n",
+        "raises.py": "1 / 0\n",
+        "exits.py": "import sys\nsys.exit(0)\n",
+        "syntax.py": "def f(:\n",
+        "empty.py": "",
+    }.items():
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("", "required: COMMAND"),
+        ("chekc", "invalid choice: 'chekc'"),
+        ("show", "required: name"),
+        ("show squeeze_exitation", "no mechanism 'squeeze_exitation'; did you mean squeeze_excitation"),
+        ("check squeeze_exitation", "did you mean squeeze_excitation"),
+        ("check tortch", "or the framework torch"),
+        ("check linear --seed one", "invalid whole number value: 'one'"),
+        ("check linear --seed -1", "-1 is less than 0"),
+        ("check linear --jobs 0", "0 is less than 1"),
+        ("check linear --examples 1.5", "invalid whole number value: '1.5'"),
+        ("check linear --exampels 3", "unrecognized arguments"),
+        ("check linear --like softmax", "--like needs FILE.py:FUNCTION"),
+        ("check linear --dtype float32", "--dtype needs FILE.py:FUNCTION"),
+        ("check linear --forward-only", "--forward-only needs FILE.py:FUNCTION"),
+        ("check linear --json nowhere/out.json", "cannot write to nowhere"),
+        ("check linear --json folder", "folder is a folder"),
+        ("check good.py:f", "needs --like NAME"),
+        ("check good.py:f --like liner", "did you mean linear"),
+        ("check good.py:f linear --like linear", "one FILE.py:FUNCTION at a time"),
+        ("check good.py --like linear", "good.py: expected FILE.py:FUNCTION"),
+        ("check good.py: --like linear", "expected FILE.py:FUNCTION"),
+        ("check bad.py:f --like linear", "bad.py: no such file"),
+        ("check folder:f --like linear", "folder: no such file"),
+        ("check good.py:g --like linear", "good.py has no function g; it has multiply, f, wrong, takes_more, backward"),
+        ("check good.py:LIST --like linear", "has no function LIST"),
+        ("check empty.py:f --like linear", "empty.py has no function f; it has none"),
+        ("check raises.py:f --like linear", "raises.py cannot be imported: ZeroDivisionError: division by zero"),
+        ("check exits.py:f --like linear", "exits.py cannot be imported: SystemExit"),
+        ("check syntax.py:f --like linear", "syntax.py cannot be imported: SyntaxError"),
+        ("check good.py:f --like linear --backward good.py:g", "has no function g"),
+        ("check good.py:f --like linear --dtype int8", "invalid choice: 'int8'"),
+        ("check good.py:f --like linear --framework torhc", "framework is 'torhc', expected one of"),
+        ("check good.py:takes_more --like linear", "takes_more takes y, expected x, params"),
+        ("check good.py:f --like scaled_dot_product", "expected q, k, v"),
+    ],
+)
+def test_bad_use(refattn_cli, files, command, words):
+    status, out, err = refattn_cli(*command.split())
+    assert status == 2 and out == "" and words in err and "Traceback" not in err, err
+
+
+# --- check: a function of your own ---------------------------------------------------------------------------
+
+
+def test_a_file_that_conforms(refattn_cli, files):
+    status, out, err = refattn_cli("check", "good.py:f", "--like", "linear", "--examples", 4)
+    assert (status, err) == (0, "") and "good.py:f like linear, numpy float32: conforms (4 examples)" in out
+    assert "gradients are not judged: no backward is given" in out
+
+
+def test_a_file_with_a_backward(refattn_cli, files):
+    command = ("check", files / "good.py:f", "--like", "linear", "--backward", "good.py:backward", "--examples", 4)
+    status, out, _ = refattn_cli(*command, "--dtype", "float64")
+    assert status == 0 and "ok   dparams.weight" in out and "float64: conforms" in out
+    status, out, _ = refattn_cli(*command, "--forward-only")
+    assert status == 0 and "gradients are not judged: not asked for" in out
+
+
+def test_a_file_that_differs(refattn_cli, files):
+    command = ("check", "good.py:wrong", "--like", "linear", "--examples", 4, "--seed", 3)
+    status, out, _ = refattn_cli(*command, "--json", "out.json")
+    assert status == 1 and "DIFFERS (4 examples)" in out and "times the allowed" in out
+    content = json.loads((files / "out.json").read_text())
+    assert content["ok"] is False and content["seed"] == 3 and content["refattn"] == refattn.__version__
+    verdict = content["verdicts"]["out"]
+    assert not verdict["conforms"] and verdict["ratio"] > 1 and len(verdict["index"]) >= 2
+    assert sorted(path.name for path in files.iterdir() if path.name.startswith(".")) == []  # nothing half-written
+
+
+# --- check: mechanisms and frameworks ------------------------------------------------------------------------
+
+
+def test_mechanisms_by_name(refattn_cli, tmp_path):
+    command = ("check", "squeeze_excitation", "linear", "--examples", 2, "--json", tmp_path / "out.json")
+    status, out, err = refattn_cli(*command, "--jobs", 1)
+    assert (status, err) == (0, "") and "All 2 as they should be." in out and "torch" not in out
+    assert "worst gradient error" in out and "witnesses" in out and "channel" in out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["ok"] and [record["name"] for record in content["laws"]] == ["squeeze_excitation", "linear"]
+    assert content["frameworks"] == {} and content["kernels"] == []
+    record = content["laws"][0]
+    assert record["ok"] and record["worst"] < 1e-12 and record["examples"] == 2 and record["laws"] == 14
+
+
+def test_processes_give_what_one_gives(refattn_cli, tmp_path):
+    contents = []
+    for jobs in (1, 2):
+        path = tmp_path / f"{jobs}.json"
+        status, *_ = refattn_cli("check", "linear", "softmax", "conv", "--examples", 2, "--jobs", jobs, "--json", path)
+        assert status == 0
+        contents.append(json.loads(path.read_text()))
+    assert contents[0] == contents[1]
+
+
+def test_a_mechanism_that_breaks_a_law(refattn_cli, monkeypatch, tmp_path):
+    module = everything()["linear"].module
+    right = module.backward
+    monkeypatch.setattr(module, "backward", lambda dy, saved: (2 * right(dy, saved)[0], right(dy, saved)[1]))
+    command = ("check", "linear", "softmax", "--examples", 2, "--jobs", 1, "--json", tmp_path / "out.json")
+    status, out, _ = refattn_cli(*command)
+    assert status == 1 and "FAILS" in out and "1 of 2 differ." in out
+    assert "gradient_matches_complex_step, example 0 of seed 0: linear: gradient of argument 0" in out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert not content["ok"] and [record["ok"] for record in content["laws"]] == [False, True]
+
+
+def test_a_framework_that_is_not_there():
+    ended = process("check", "torch", without=["torch", "rich"])
+    assert ended.returncode == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
+    assert "torch cannot be imported" in ended.stderr and "pip install 'refattn[torch]'" in ended.stderr
+
+
+@pytest.mark.frameworks
+def test_a_framework(refattn_cli, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    status, out, _ = refattn_cli("check", "torch", "--examples", 1, "--jobs", 2, "--json", tmp_path / "out.json")
+    assert status == 0 and f"torch {torch.__version__}" in out and "nn.MultiheadAttention" in out, out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["frameworks"]["torch"]["version"] == torch.__version__
+    assert len(content["frameworks"]["torch"]["targets"]) >= 40 and content["laws"] == []
+
+
+@pytest.mark.frameworks
+def test_a_framework_that_differs(refattn_cli, monkeypatch):
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    from refattn.frameworks import Target
+    from refattn.frameworks import torch as adapter
+
+    doubled = Target("twice linear", "linear", lambda x, params: 2 * adapter.linear(x, params), dtypes=("float32",))
+    monkeypatch.setattr(adapter, "TARGETS", (adapter.TARGETS[0], doubled))
+    status, out, _ = refattn_cli("check", "torch", "--examples", 2, "--jobs", 1)
+    assert status == 1 and "1 of 3 differ." in out
+    assert "twice linear like linear, torch float32: DIFFERS" in out and "expected" in out
+
+
+# --- check: everything ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Everything is two mechanisms."""
+    two = {name: everything()[name] for name in ("linear", "softmax")}
+    monkeypatch.setattr("refattn.__main__.everything", lambda: two)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "refattn.frameworks.torch", raising=False)
+
+
+def test_everything(refattn_cli, little, tmp_path):
+    status, out, err = refattn_cli("check", "--jobs", 1, "--json", tmp_path / "out.json")
+    assert (status, err) == (0, "") and "All 4 as they should be." in out
+    assert "torch is not cross-checked: torch cannot be imported" in out
+    assert "The bug in blocked_attention_with_a_bug is found, as it should be" in out and "times the allowed" in out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["frameworks"]["torch"]["version"] == "" and content["ok"]
+    right, wrong = content["kernels"]
+    assert right["ok"] and right["as_it_should_be"] and not right["has_bug"]
+    assert not wrong["ok"] and wrong["as_it_should_be"] and wrong["has_bug"]
+
+
+def test_a_bug_that_is_not_found_is_a_failure(refattn_cli, little, monkeypatch):
+    monkeypatch.setattr(bounds, "FACTOR", 1e12)
+    status, out, _ = refattn_cli("check", "--jobs", 1, "--examples", 2)
+    assert status == 1 and "NOT FOUND" in out and "1 of 4 differ." in out
+
+
+def test_a_right_kernel_that_goes_wrong_is_a_failure(refattn_cli, little, monkeypatch):
+    right = blocked_attention.forward
+
+    def forward(q, k, v, *, is_causal=False):
+        out, lse = right(q, k, v, is_causal=is_causal)
+        return out * np.float32(1.001), lse
+
+    monkeypatch.setattr(blocked_attention, "forward", forward)
+    status, out, _ = refattn_cli("check", "--jobs", 1, "--examples", 3)
+    assert status == 1 and "refattn/examples/blocked_attention.py like scaled_dot_product, numpy float32: DIFF" in out
+
+
+def test_the_examples_are_of_the_size_of_a_tile():
+    names = {trials.Kernel(name, 1, 0).has_bug for name in trials.KERNELS}
+    assert names == {True, False} and blocked_attention.KEYS == blocked_attention.QUERIES == 16
+
+
+@pytest.mark.parametrize("without", [(), ("rich",)])
+def test_the_whole_command(tmp_path, without):
+    """With rich and without, in processes of its own, in a terminal that speaks ASCII only."""
+    ended = process(
+        "check", "linear", "conv", "--examples", 1, "--jobs", 2,
+        without=without, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    assert "All 2 as they should be." in ended.stdout and "linear" in ended.stdout
+
+
+# --- how it ends ---------------------------------------------------------------------------------------------
+
+
+def test_as_a_module():
+    ended = subprocess.run([sys.executable, "-m", "refattn", "list"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and "squeeze_excitation" in ended.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such signals on Windows")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_interrupted(jobs):
+    command = ["-m", "refattn", "check", "recurrent", "conv", "--examples", "100000", "--jobs", str(jobs)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen([sys.executable, *command], **pipes)
+    time.sleep(3)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert running.returncode == 130 and out == "" and err == "refattn: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes on Windows")
+def test_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = process("list", stdout=writer, stderr=subprocess.PIPE, capture_output=False)
+    os.close(writer)
+    assert ended.returncode == 141 and ended.stderr == ""
+
+
+def test_a_worker_that_dies_is_reported(refattn_cli, monkeypatch):
+    monkeypatch.setattr(trials, "_run_apart", _broken)
+    status, _, err = refattn_cli("check", "linear", "conv", "--jobs", 2, "--examples", 1)
+    assert status == 1 and "a worker died" in err
+
+
+def _broken(*_):
+    from concurrent.futures.process import BrokenProcessPool
+
+    raise BrokenProcessPool
+
+
+# --- report --------------------------------------------------------------------------------------------------
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "out.json"
-    file.write_text("before")
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        report.write_json(file, {"x": object()})
-    assert file.read_text() == "before"
-    assert os.listdir(tmp_path) == ["out.json"]
+    path = tmp_path / "out.json"
+    report.write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        report.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+    if os.name != "nt":
+        assert path.stat().st_mode & 0o777 == 0o666 & ~report._umask()
 
 
-def test_the_main_job_has_every_mechanism_and_both_kernels(monkeypatch, capsys):
-    """What `refattn check` would try; that it comes out well is what CI runs."""
-    seen = []
+def test_json_that_cannot_be_replaced(refattn_cli, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("the disk is full")
 
-    def note(tasks, jobs):
-        seen.extend(tasks)
-        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", refuse)
+    status, _, err = refattn_cli("check", "linear", "--examples", 1, "--jobs", 1, "--json", tmp_path / "out.json")
+    assert status == 2 and "--json: the disk is full" in err and list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(trials, "run", note)
-    main(["check"])
-    assert {t.name for t in seen if isinstance(t, trials.Laws)} == set(everything()) > set(mechanisms())
-    kernels = {t.name: t.has_bug for t in seen if isinstance(t, trials.Kernel)}
-    assert kernels == {"blocked_attention": False, "blocked_attention_with_a_bug": True}
+
+def test_progress_is_for_terminals(capsys, monkeypatch):
+    with report.progress(2) as done:
+        done("one")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with report.progress(2) as done:
+        done("one")
+        done("two")
+    err = capsys.readouterr().err
+    assert "[###############...............] 1/2 one" in err and "2/2 two" in err and err.endswith("\r\033[K")
+
+
+def test_tables_and_progress_by_rich(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "rich")
+    pytest.importorskip("rich", reason="rich is not installed: pip install 'refattn[cli]'")
+    report.table("Title", ("name", "verdict"), [("linear", "ok"), ("[bold]conv[/bold]", "FAILS")])
+    out = capsys.readouterr().out
+    assert "Title" in out and "linear" in out and "[bold]conv[/bold]" in out and "FAILS" in out
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with report.progress(1) as done:
+        done("linear")
+
+
+def test_a_plain_table_is_aligned():
+    text = report.plain_table("T", ("a", "long name"), [("value", "1"), ("v", "2")])
+    assert text.splitlines() == ["T", "", "a      long name", "-----  ---------", "value  1", "v      2"]

@@ -7,9 +7,9 @@ candidate's dtype may cause, only SLOPPY times larger. What such runs do to an e
     allowed = u |y| + FACTOR / SLOPPY rms(y' - y)        y' one of RUNS noisy results, u the unit roundoff
 
 Each operation is moved by a uniform error of at most
-    u |v|                                                       one rounding of the result v; 2 u |v| for exp, tanh, ...
-    u sqrt(n (v^2 / 3 + q / 6) + q),  q = sum of (a_i b_i)^2    a sum of n terms a_i b_i, in an order unrelated to them
-    the smallest normal number                                  where v is not 0: results may underflow
+    u |v|          one rounding of the result v; twice that for exp, tanh, ...; 2 u for erfc, often written as 1 - erf
+    u sqrt(n (v^2 / 3 + q / 6) + q)    for a sum v of n terms t_i, q = sum t_i^2, in an order that the terms do not know
+    the smallest normal number         where v is not 0: results may underflow
 so errors that cancel, grow in an iteration, or decide which way a ReLU goes are followed as they happen, not to first
 order. An exact zero (behind a mask, say) stays one, and then the candidate's must be exact too.
 
@@ -27,6 +27,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import erfc
 
 from refattn.core import tree_map
 
@@ -172,6 +173,8 @@ def _growth(ufunc, method, inputs, kwargs, v):
         if ufunc is not np.add:
             return length * np.abs(v)
         return _sum_of(length, v, getattr(ufunc, method)(terms * terms, *rest, **kwargs))
+    if ufunc is erfc:
+        return 2 * np.maximum(np.abs(v), 1)  # others write 1 - erf, and lose digits where it is small
     return np.abs(v) if ufunc in BASIC else 2 * np.abs(v)
 
 
