@@ -1,20 +1,27 @@
 """How mechanisms reduce to one another, and to what everybody knows: outputs and gradients."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from refattn.attention.channel import bam_channel, cbam_channel, channel_self, squeeze_excitation
 from refattn.attention.dot_product import (
     multi_head,
     scaled_dot_product,
     transformer_decoder_layer,
     transformer_encoder_layer,
 )
+from refattn.attention.mixed import bam, cbam, dual, hybrid
+from refattn.attention.spatial import bam_spatial, cbam_spatial, position
 from refattn.attention.temporal import additive, additive_decoder, local_attention, luong_decoder, multiplicative
 from refattn.core import leaves, tree_map
 from refattn.elementwise import relu
 from refattn.oracle.derivatives import complex_step, inner
 from refattn.primitives import (
     batch_norm,
+    conv,
+    conv_norm_relu,
     feed_forward,
     group_norm,
     gru_cell,
@@ -490,3 +497,134 @@ def test_a_luong_decoder_that_is_not_fed_attends_once_for_all_steps(rng):
     expected = (a, last), (dinputs, dmemory, dstate, luong_decoder.Params(dcells, dattention, dcombine))
     out, grads = run(luong_decoder, inputs, memory, state, params, feed=False, dout=dout)
     same(expected, (tuple(out), grads))
+
+
+# --- channel gates, spatial gates and self-attention, mixed -------------------------------------------------
+
+
+def test_a_block_is_convolution_norm_and_relu(rng):
+    x, params = rng.normal(size=(2, 3, 4, 4)), like(rng, conv_norm_relu.init(rng, 3, 2, (3, 3)))
+    a, convolved = conv.forward(x, params.conv, padding=1)
+    u, normed = batch_norm.forward(a, params.norm)
+    dout = rng.normal(size=u.shape)
+    da, dnorm = batch_norm.backward(dout * (u > 0), normed)
+    dx, dconv = conv.backward(da, convolved)
+    expected = relu(u), (dx, conv_norm_relu.Params(dconv, dnorm))
+    same(expected, run(conv_norm_relu, x, params, dout=dout, padding=1))
+
+
+def test_a_cbam_channel_gate_that_only_averages_is_squeeze_and_excitation(rng):
+    x, params = rng.normal(size=(2, 6, 3, 4)), like(rng, cbam_channel.init(rng, 6, 2))
+    expected = run(squeeze_excitation, x, squeeze_excitation.Params(*params))
+    same(tuple(expected), run(cbam_channel, x, params, pools=("avg",)))
+
+
+def test_the_average_of_equal_pixels_is_their_maximum(rng):
+    x, params = np.tile(rng.normal(size=(2, 6, 1, 1)), (3, 4)), like(rng, cbam_channel.init(rng, 6, 2))
+    one, other = (cbam_channel.forward(x, params, pools=(kind, kind))[0] for kind in ("avg", "max"))
+    same(one, other)
+
+
+def test_the_maps_of_a_spatial_gate_may_change_places_with_their_kernels(rng):
+    x, params = rng.normal(size=(2, 3, 4, 5)), like(rng, cbam_spatial.init(rng, kernel=3))
+    swapped = params._replace(weight=params.weight[:, ::-1])
+    out, (dx, dparams) = run(cbam_spatial, x, params, maps=("max", "avg"))
+    again, (redx, redparams) = run(cbam_spatial, x, swapped, maps=("avg", "max"))
+    same((out, dx, dparams), (again, redx, redparams._replace(weight=redparams.weight[:, ::-1])))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_cbam_is_its_channel_gate_then_its_spatial_gate(rng, norm):
+    x = rng.normal(size=(2, 4, 3, 5))
+    params = like(rng, cbam.Params(cbam_channel.init(rng, 4, 2), cbam_spatial.init(rng, 3, norm)))
+    names = {"channel": "cbam_channel", "spatial": "cbam_spatial", "self_attention": None}
+    out, (dx, dparams) = run(hybrid, x, hybrid.Params(*params), **names)
+    same((out, (dx, cbam.Params(*dparams[:2]))), run(cbam, x, params))
+    same(run(cbam_channel, x, params.channel)[0], run(cbam, x, params._replace(spatial=None))[0])
+
+
+def test_a_branch_of_bam_that_has_no_say(rng):
+    """A spatial logit of 1 everywhere, multiplied, or of 0, added, leaves the channel branch alone: and vice versa."""
+    x, params = rng.normal(size=(3, 4, 3, 3)), like(rng, bam.init(rng, 4, 2))
+
+    def silent(final, logit):
+        return final._replace(weight=np.zeros_like(final.weight), bias=np.full_like(final.bias, logit))
+
+    for combine, logit in (("mul", 1.0), ("add", 0.0)):
+        where = params._replace(spatial=params.spatial._replace(final=silent(params.spatial.final, logit)))
+        out, (dx, dparams) = run(bam, x, where, combine=combine)
+        same(run(bam_channel, x, params.channel), (out, (dx, dparams.channel)))
+        what = params._replace(channel=params.channel._replace(final=silent(params.channel.final, logit)))
+        out, (dx, dparams) = run(bam, x, what, combine=combine)
+        same(run(bam_spatial, x, params.spatial), (out, (dx, dparams.spatial)))
+
+
+def test_the_square_window_of_bam_is_all_of_a_square_image(rng):
+    x, params = rng.normal(size=(3, 4, 3, 3)), like(rng, bam_channel.init(rng, 4, 2, layers=2))
+    same(run(bam_channel, x, params, pool="square"), run(bam_channel, x, params, pool="global"))
+    wide = np.concatenate([x, rng.normal(size=(3, 4, 3, 2))], axis=3)  # columns that the square does not see
+    gate = bam_channel.forward(wide, params, pool="square")[1].gate
+    same(bam_channel.forward(x, params)[1].gate, gate)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_channel_attention_is_scaled_dot_product_among_channels(rng, sign):
+    x, gamma = rng.normal(size=(2, 3, 2, 4)), rng.normal(size=1)
+    rows = x.reshape(2, 3, 8)
+    dout = rng.normal(size=x.shape)
+    attended, saved = scaled_dot_product.forward(sign * rows, rows, rows, scale=1.0)
+    dq, dk, dv = scaled_dot_product.backward(gamma * dout.reshape(2, 3, 8), saved)
+    dx = dout + (sign * dq + dk + dv).reshape(x.shape)
+    dgamma = (dout.reshape(2, 3, 8) * attended).sum().reshape(1)
+    expected = x + gamma * attended.reshape(x.shape), (dx, channel_self.Params(dgamma))
+    same(expected, run(channel_self, x, channel_self.Params(gamma), sign=sign, dout=dout))
+
+
+def test_the_dual_head_begins_as_two_pairs_of_blocks(rng):
+    x, start = rng.normal(size=(2, 8, 3, 4)), dual.init(rng, 8, 3)
+    params = start._replace(channel_in=start.position_in, channel_out=start.position_out)
+    out, _ = dual.forward(x, params)  # both gammas are 0
+    h, _ = conv_norm_relu.forward(x, params.position_in, padding=1)
+    h, _ = conv_norm_relu.forward(h, params.position_out, padding=1)
+    heads = params.classify_both, params.classify_position, params.classify_channel
+    expected = (conv.forward(seen, head)[0] for seen, head in zip((2 * h, h, h), heads))
+    same(tuple(expected), tuple(out))
+
+
+MEMBERS = [(place, name) for place, names in hybrid.MEMBERS.items() for name in names]
+ALONE = dict.fromkeys(hybrid.PLACES)
+MEMBER_OPTIONS = {"non_local": {"pool": None}, "cbam_spatial": {"maps": ("avg", "max")}, "channel_self": {"sign": 1}}
+
+
+@pytest.mark.parametrize("arrangement", hybrid.ARRANGEMENTS)
+@pytest.mark.parametrize("place, name", MEMBERS, ids=lambda value: value)
+def test_one_member_is_itself_in_every_arrangement(rng, place, name, arrangement):
+    x, options = rng.normal(size=(3, 4, 3, 3)), MEMBER_OPTIONS.get(name, {})
+    params = like(rng, hybrid.init(rng, 4, **{**ALONE, place: name}))
+    theirs = getattr(params, place)
+    out, grads = run(hybrid.MEMBERS[place][name], x, *([] if theirs is None else [theirs]), **options)
+    names = {**ALONE, place: name}
+    got, (dx, dparams) = run(hybrid, x, params, arrangement=arrangement, options={place: options}, **names)
+    same((out, grads), (got, (dx, *([] if theirs is None else [getattr(dparams, place)]))))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(hybrid.PLACES)), ids=" ".join)
+def test_members_in_sequence(rng, order):
+    x, params = rng.normal(size=(2, 4, 3, 3)), like(rng, hybrid.init(rng, 4))
+    modules = {"channel": squeeze_excitation, "spatial": cbam_spatial, "self_attention": position}
+    y, saved, grads, dout = x, {}, {}, rng.normal(size=x.shape)
+    for place in order:
+        y, saved[place] = modules[place].forward(y, getattr(params, place))
+    dx = dout
+    for place in reversed(order):
+        dx, grads[place] = modules[place].backward(dx, saved[place])
+    same((y, (dx, hybrid.Params(**grads))), run(hybrid, x, params, order=order, dout=dout))
+
+
+def test_members_in_parallel(rng):
+    x, params = rng.normal(size=(2, 4, 3, 3)), like(rng, hybrid.init(rng, 4))
+    modules = squeeze_excitation, cbam_spatial, position
+    outs, grads = zip(*(run(module, x, theirs) for module, theirs in zip(modules, params)))
+    expected = sum(outs), (sum(dx for dx, _ in grads), hybrid.Params(*(dparams for _, dparams in grads)))
+    same(expected, run(hybrid, x, params, arrangement="parallel sum"))
+    same(tree_map(lambda t: t / 3, expected), run(hybrid, x, params, arrangement="parallel mean"))
