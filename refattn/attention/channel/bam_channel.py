@@ -143,4 +143,4 @@ def example(draw):
     return Call((x, params), {"pool": pool, "stats": stats})
 
 
-ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))
+ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))

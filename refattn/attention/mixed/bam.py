@@ -114,4 +114,4 @@ def example(draw):
     return Call((x, params), options)
 
 
-ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))
+ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition", "relation"))

@@ -177,5 +177,5 @@ def example(draw):
 ABOUT = About(
     weights="position_weights",
     laws=("weights_in_unit_interval", "weights_sum_to_one"),
-    witnesses=("authors' code", "definition"),
+    witnesses=("authors' code", "definition", "relation"),
 )

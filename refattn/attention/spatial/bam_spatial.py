@@ -136,4 +136,4 @@ def example(draw):
     return Call((x, params), {"dilation": draw.size("dilation", high=2), "stats": stats})
 
 
-ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))
+ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))

@@ -120,4 +120,4 @@ def example(draw):
     return Call((x, params), {"maps": draw.choice("maps", ("max", "avg"), ("avg", "max")), "stats": stats})
 
 
-ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))
+ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))
