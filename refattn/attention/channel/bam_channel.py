@@ -114,7 +114,7 @@ def forward(
 @shaped
 def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, "N C H W"], Params]:
     x, gate, inner = saved
-    dgate = (dy * x).sum(axis=(2, 3))
+    dgate = np.einsum("nchw,nchw->nc", dy, x)
     de = dgate * gate * (1 - gate)
     dx, dparams = logits_backward(de, inner)
     return dy * (1 + gate[:, :, None, None]) + dx, dparams

@@ -93,12 +93,13 @@ def forward(
 def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, "N C H W"], Params]:
     x, z, h, gate, params, pools = saved
     w1, w2, b1, b2 = params
-    dgate = (dy * x).sum(axis=(2, 3))
+    dgate = np.einsum("nchw,nchw->nc", dy, x)
     de = dgate * gate * (1 - gate)
     da = (de @ w2) * (h.real > 0)
     dz = da @ w1
-    dpooled = sum(_pool_backward(kind, dz_k, z_k, _flat(x)) for kind, dz_k, z_k in zip(pools, dz, z))
-    dx = _flat(dy) * gate[:, :, None] + dpooled
+    dx = _flat(dy) * gate[:, :, None]
+    for kind, dz_k, z_k in zip(pools, dz, z):
+        dx += _pool_backward(kind, dz_k, z_k, _flat(x))
     return dx.reshape(x.shape), Params(
         w1=np.einsum("knr,knc->rc", da, z),
         w2=de.T @ h.sum(axis=0),

@@ -116,7 +116,7 @@ def forward(
 @shaped
 def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, "N C H W"], Params]:
     x, gate, inner = saved
-    dgate = (dy * x).sum(axis=1, keepdims=True)
+    dgate = np.einsum("nchw,nchw->nhw", dy, x)[:, None]
     df = dgate * gate * (1 - gate)
     dx, dparams = logits_backward(df, inner)
     return dy * (1 + gate) + dx, dparams

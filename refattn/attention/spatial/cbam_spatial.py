@@ -80,14 +80,14 @@ def forward(
 @shaped
 def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, "N C H W"], Params]:
     x, gate, convolved, normed, maps = saved
-    dgate = (dy * x).sum(axis=1, keepdims=True)
+    dgate = np.einsum("nchw,nchw->nhw", dy, x)[:, None]
     df, dnorm = dgate * gate * (1 - gate), None
     if normed is not None:
         df, dnorm = batch_norm.backward(df, normed)
     dq, dconv = conv.backward(df, convolved)
     dx = dy * gate
     for m, kind in enumerate(maps):
-        dx = dx + _pool_backward(kind, dq[:, [m]], x)
+        dx += _pool_backward(kind, dq[:, [m]], x)
     return dx, Params(dconv.weight, dnorm)
 
 
