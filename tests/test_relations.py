@@ -593,7 +593,12 @@ def test_the_dual_head_begins_as_two_pairs_of_blocks(rng):
 
 MEMBERS = [(place, name) for place, names in hybrid.MEMBERS.items() for name in names]
 ALONE = dict.fromkeys(hybrid.PLACES)
-MEMBER_OPTIONS = {"non_local": {"pool": None}, "cbam_spatial": {"maps": ("avg", "max")}, "channel_self": {"sign": 1}}
+MEMBER_OPTIONS = {
+    "cbam_spatial": {"maps": ("avg", "max")},
+    "channel_self": {"sign": 1},
+    "non_local": {"pool": None},
+    "region_non_local": {"pool": None},
+}
 
 
 @pytest.mark.parametrize("arrangement", hybrid.ARRANGEMENTS)

@@ -23,7 +23,7 @@ Choices
     Mechanisms that make new channels (selective_kernel, split_attention) are convolutions, and no members.
 """
 
-import inspect
+from itertools import permutations
 from typing import NamedTuple
 
 from refattn.attention.channel import (
@@ -35,7 +35,7 @@ from refattn.attention.channel import (
     simam,
     squeeze_excitation,
 )
-from refattn.attention.spatial import bam_spatial, cbam_spatial, non_local, position
+from refattn.attention.spatial import bam_spatial, cbam_spatial, non_local, position, region_non_local
 from refattn.core import About, Array, Call, Shaped, expect, shaped
 
 PLACES = ("channel", "spatial", "self_attention")
@@ -51,7 +51,7 @@ MEMBERS = {
         squeeze_excitation, efficient_channel, second_order_channel, simam, cbam_channel, bam_channel, channel_self
     ),
     "spatial": _by_name(cbam_spatial, bam_spatial),
-    "self_attention": _by_name(position, channel_self, non_local),
+    "self_attention": _by_name(position, channel_self, non_local, region_non_local),
 }
 
 
@@ -130,10 +130,11 @@ def _divisor(arrangement, members):
 
 
 def _start(member, rng, channels):
-    if not hasattr(member, "Params"):
+    if member is simam:
         return None
-    sizes = (channels,) if "channels" in inspect.signature(member.init).parameters else ()
-    return member.init(rng, *sizes)
+    if member in (cbam_spatial, channel_self):  # their sizes do not depend on the channels
+        return member.init(rng)
+    return (non_local if member is region_non_local else member).init(rng, channels)
 
 
 def _check(names, params, arrangement, order, options):
@@ -145,7 +146,7 @@ def _check(names, params, arrangement, order, options):
         expect(not unused, f"{where} params.{place}", "given", f"None, as {place} is")
     expect(any(names.values()), f"{where} channel, spatial, self_attention", (None,) * 3, "at least one member")
     expect(arrangement in ARRANGEMENTS, f"{where} arrangement", arrangement, f"one of {', '.join(ARRANGEMENTS)}")
-    expect(sorted(order) == sorted(PLACES), f"{where} order", order, f"the three of {', '.join(PLACES)}, in any order")
+    expect(order in permutations(PLACES), f"{where} order", order, f"the three of {', '.join(PLACES)}, in any order")
     expect(set(options) <= set(PLACES), f"{where} options", options, f"a dict with keys out of {', '.join(PLACES)}")
 
 
