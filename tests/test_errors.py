@@ -153,8 +153,9 @@ BAD = [
     (
         "bam_channel",
         lambda c: options(stats=c.options["stats"]._replace(hidden=()))(c) if c.options.get("stats") else None,
-        "stats is",
+        "stats.hidden is ()",
     ),
+    ("channel_self", options(sign=0), "sign is 0, expected -1 or 1"),
     ("cbam_channel", options(pools=()), "pools is (), expected a tuple of one or more of"),
     ("cbam_channel", options(pools=("avg", "median")), "pools is ('avg', 'median'), expected"),
     (
@@ -317,6 +318,16 @@ BAD = [
         lambda c: Call((c.args[0], c.args[1]._replace(spatial=None)), c.options) if c.options.get("stats") else None,
         "expected None, as params.spatial is",
     ),
+    ("hybrid", options(channel="position"), "channel is 'position', expected None or one of squeeze_excitation,"),
+    ("hybrid", options(self_attention=None), "params.self_attention is 'given', expected None, as self_attention is"),
+    (
+        "hybrid",
+        lambda c: Call((c.args[0], type(c.args[1])()), dict.fromkeys(("channel", "spatial", "self_attention"))),
+        "channel, spatial, self_attention is (None, None, None), expected at least one member",
+    ),
+    ("hybrid", options(arrangement="tree"), "arrangement is 'tree', expected one of sequence, parallel sum,"),
+    ("hybrid", options(order=("channel", "spatial")), "order is ('channel', 'spatial'), expected the three of"),
+    ("hybrid", options(options={"temporal": {}}), "options is {'temporal': {}}, expected a dict with keys out of"),
 ]
 
 
