@@ -5,7 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from refattn.attention.channel import bam_channel, cbam_channel, channel_self, squeeze_excitation
+from refattn.attention.channel import (
+    bam_channel,
+    cbam_channel,
+    channel_self,
+    efficient_channel,
+    second_order_channel,
+    selective_kernel,
+    simam,
+    split_attention,
+    squeeze_excitation,
+)
 from refattn.attention.dot_product import (
     multi_head,
     scaled_dot_product,
@@ -28,6 +38,7 @@ from refattn.primitives import (
     layer_norm,
     linear,
     logsumexp,
+    matrix_sqrt,
     recurrent,
     recurrent_cell,
     rms_norm,
@@ -633,3 +644,64 @@ def test_members_in_parallel(rng):
     expected = sum(outs), (sum(dx for dx, _ in grads), hybrid.Params(*(dparams for _, dparams in grads)))
     same(expected, run(hybrid, x, params, arrangement="parallel sum"))
     same(tree_map(lambda t: t / 3, expected), run(hybrid, x, params, arrangement="parallel mean"))
+
+
+# --- gates of channels --------------------------------------------------------------------------------------
+
+
+def test_channels_on_a_ring_may_be_turned(rng):
+    x, dy = rng.normal(size=(2, 2, 6, 3, 4))
+    params = like(rng, efficient_channel.init(rng, 6, kernel=5))
+    y, (dx, dparams) = run(efficient_channel, x, params, circular=True, dout=dy)
+    z, (dz, dturned) = run(efficient_channel, np.roll(x, 2, 1), params, circular=True, dout=np.roll(dy, 2, 1))
+    same((np.roll(y, 2, 1), np.roll(dx, 2, 1), dparams), (z, dz, dturned))
+
+
+def test_a_filter_for_every_channel_that_is_the_same_for_all(rng):
+    x, shared = rng.normal(size=(2, 5, 3, 4)), like(rng, efficient_channel.init(rng, 5, kernel=3, bias=True))
+    y, (dx, dshared) = run(efficient_channel, x, shared)
+    z, (dz, down) = run(efficient_channel, x, tree_map(lambda p: np.repeat(p, 5, axis=0), shared))
+    same((y, dx, dshared), (z, dz, tree_map(lambda d: d.sum(axis=0, keepdims=True), down)))
+
+
+@pytest.mark.parametrize("gate", [simam, second_order_channel], ids=["simam", "second_order_channel"])
+def test_a_gate_of_variation_does_not_see_a_shift(rng, gate):
+    x = rng.normal(size=(2, 4, 3, 5))
+    params = () if gate is simam else (like(rng, second_order_channel.init(rng, 4, 2)),)
+    near, far = (gate.forward(images, *params)[1].gate for images in (x, x + 3))
+    same(near, far)
+
+
+def test_many_steps_reach_the_root(rng):
+    factor = rng.normal(size=(2, 3, 5))
+    s = factor @ factor.swapaxes(1, 2)
+    root, _ = matrix_sqrt.forward(s, iterations=30)
+    same(s, root @ root)
+
+
+def test_a_selection_without_weights_is_the_mean_of_the_branches(rng):
+    x, params = rng.normal(size=(3, 4, 5, 6)), like(rng, selective_kernel.init(rng, 4, 4, (3, 1, 3), groups=2))
+    params = params._replace(select=tree_map(np.zeros_like, params.select))
+    geometry = [{"dilation": d, "padding": p} for d, p in ((1, 1), (2, 0), (3, 3))]
+    maps = [conv_norm_relu.forward(x, b, groups=2, **g)[0] for b, g in zip(params.branches, geometry)]
+    same(sum(maps) / 3, selective_kernel.forward(x, params, dilations=(1, 2, 3), groups=2)[0])
+
+
+def test_a_split_input_is_a_kernel_that_is_zero_elsewhere(rng):
+    x, split = rng.normal(size=(3, 4, 5, 6)), selective_kernel.init(rng, 4, 3, groups=1, split_input=True)
+    first, second = (branch.conv.weight for branch in split.branches)
+    wide = [np.concatenate(pair, axis=1) for pair in ((first, 0 * first), (0 * second, second))]
+    branches = (b._replace(conv=conv.Params(weight)) for b, weight in zip(split.branches, wide))
+    y, (dx, dsplit) = run(selective_kernel, x, split, groups=1, split_input=True)
+    z, (dz, dwide) = run(selective_kernel, x, split._replace(branches=tuple(branches)), groups=1)
+    same((y, dx, dsplit.squeeze, dsplit.select), (z, dz, dwide.squeeze, dwide.select))
+
+
+def test_split_attention_without_splits_is_a_convolution_then_squeeze_and_excitation(rng):
+    x, params = rng.normal(size=(2, 3, 4, 5)), like(rng, split_attention.init(rng, 3, 4, radix=1, least=2, norm=False))
+    y, (dx, dparams) = run(split_attention, x, params, radix=1, padding=1)
+    u, convolved = conv.forward(x, params.conv, padding=1)
+    inner_params = squeeze_excitation.Params(params.fc1.weight, params.fc2.weight, params.fc1.bias, params.fc2.bias)
+    z, (du, dinner) = run(squeeze_excitation, relu(u), inner_params)
+    dz, dconv = conv.backward(du * (u > 0), convolved)
+    same((y, dx, dparams.conv, dparams.fc1), (z, dz, dconv, conv.Params(dinner.w1, dinner.b1)))
