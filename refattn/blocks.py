@@ -1,6 +1,5 @@
 """Work that treats every channel for itself, done on large arrays part by part, and the parts on all cores."""
 
-import contextvars
 import functools
 import itertools
 import os
@@ -26,9 +25,9 @@ def by_channels(function, *trees, expansion=1):
         return function(*trees)
     edges = [channels * i // parts for i in range(parts + 1)]
     first, *others = (_channels(trees, slice(start, stop)) for start, stop in itertools.pairwise(edges))
-    # NumPy lets go of Python's lock while it computes; the context brings np.errstate along
-    tasks = [_workers().submit(contextvars.copy_context().run, _run, function, some) for some in others]
-    results = [_run(function, first), *(task.result() for task in tasks)]
+    run = functools.partial(_run, function, np.geterr())
+    tasks = [_workers().submit(run, some) for some in others]  # NumPy lets go of Python's lock while it computes
+    results = [run(first), *(task.result() for task in tasks)]
     return tree_map(lambda *small: np.concatenate(small), *results)
 
 
@@ -36,18 +35,19 @@ def _channels(trees, some):
     return tree_map(lambda a: a[:, some] if a.ndim > 1 else a[some], trees)
 
 
-def _run(function, trees):
-    """function(*trees) with a small buffer: NumPy fills it with copies where it stretches one value over a row."""
+def _run(function, errors, trees):
+    """function(*trees) with the caller's np.errstate, and a small buffer: NumPy copies what it stretches over a row."""
     before = np.setbufsize(4096)
     try:
-        return function(*trees)
+        with np.errstate(**errors):
+            return function(*trees)
     finally:
         np.setbufsize(before)
 
 
 @functools.cache
 def _workers():
-    return ThreadPoolExecutor(max(os.cpu_count() - 1, 1), "refattn")
+    return ThreadPoolExecutor(max((os.cpu_count() or 2) - 1, 1), "refattn")
 
 
 if hasattr(os, "register_at_fork"):

@@ -47,7 +47,7 @@ def forward(x: Shaped[Array, "N C *S"], *, size: int | tuple = 1) -> tuple[Shape
 @shaped
 def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"]]:
     (n, c), size = dy.shape[:2], math.prod(dy.shape[2:])
-    dx = np.zeros((n, c, math.prod(saved.space)), dy.dtype)
+    dx = np.zeros_like(dy, order="C", shape=(n, c, math.prod(saved.space)))
     where = np.arange(n)[:, None, None], np.arange(c)[:, None], saved.winner.reshape(n, c, size)
     np.add.at(dx, where, dy.reshape(n, c, size))
     return (dx.reshape(n, c, *saved.space),)
@@ -59,4 +59,4 @@ def example(draw):
     return Call((draw.array(draw.size("N", high=2), draw.size("C", high=2), *space),), {"size": size})
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("definition",))
+ABOUT = About(laws=("batch_independent",), witnesses=("framework", "definition"))

@@ -46,7 +46,7 @@ def forward(
     expect(seen.all(), "average_pool.forward: padding", padding, "less, so that every window sees a pixel of x")
     divisor = np.where(count_include_pad, math.prod(w.kernel), seen).astype(x.real.dtype)
 
-    y = np.empty((*x.shape[:2], *w.output), x.dtype)
+    y = np.empty_like(x, order="C", shape=(*x.shape[:2], *w.output))
     by_channels(functools.partial(_average, w, divisor), x, y)
     return y, Saved(divisor, w)
 
@@ -63,7 +63,7 @@ def _average(w, divisor, x, y):
 @shaped
 def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"]]:
     divisor, w = saved
-    padded = np.empty((*dy.shape[:2], *padded_space(w)), dy.dtype)
+    padded = np.empty_like(dy, order="C", shape=(*dy.shape[:2], *padded_space(w)))
     by_channels(functools.partial(_pull_back, w, divisor), padded, dy)
     return (padded[inside(w)],)
 
@@ -89,4 +89,4 @@ def example(draw):
     return Call((draw.array(draw.size("N", high=2), draw.size("C", high=2), *space),), options)
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("definition",))
+ABOUT = About(laws=("batch_independent",), witnesses=("framework", "definition"))
