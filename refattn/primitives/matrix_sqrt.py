@@ -1,4 +1,4 @@
-r"""Square root of a matrix by the Newton-Schulz iteration, of which a few steps are taken.
+r"""Square root of a matrix, by a few steps of the Newton-Schulz iteration.
 
 Paper: Li, Xie, Wang and Gao, "Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square
 Root Normalization", CVPR 2018 (arXiv:1712.01034).
@@ -81,4 +81,4 @@ def example(draw):
     return Call((s,), {"iterations": draw.choice("iterations", 2, 3, 5)})
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("authors' code", "definition"))
+ABOUT = About(laws=("batch_independent",), witnesses=("authors' code", "definition", "relation"))

@@ -135,5 +135,5 @@ def example(draw):
 ABOUT = About(
     weights="gate",
     laws=("batch_independent", "weights_in_unit_interval"),
-    witnesses=("authors' code", "definition"),
+    witnesses=("authors' code", "definition", "relation"),
 )
