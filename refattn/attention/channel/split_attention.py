@@ -7,7 +7,7 @@ Paper: Zhang, Wu, Zhang, Zhu, Lin, Zhang, Sun, He, Mueller, Manmatha, Li and Smo
 
 Shapes
     N images, I channels and H by W pixels in, C channels and P by Q pixels out; R is the radix, K the cardinality
-    (groups), D = max(I R / reduction, 32) hidden units.
+    (groups), which the shapes of W1 and W2 say; D = max(I R / reduction, 32) hidden units.
 
 Forward
     u      = max(batch_norm(conv(x)), 0)      R C channels in K R groups, radix-major: (R, K, C/K)
@@ -114,11 +114,11 @@ def backward(dy: Shaped[Array, "N C P Q"], saved: Saved) -> tuple[Shaped[Array, 
     convolved, norm0, splits, fc1, norm1, fc2, attention = saved
     n, radix, channels, height, width = splits.shape
     groups = fc1.groups
-    da = np.stack([np.einsum("ncpq,ncpq->nc", dy, splits[:, r]) for r in range(radix)], axis=2)
+    dattention = np.stack([np.einsum("ncpq,ncpq->nc", dy, splits[:, r]) for r in range(radix)], axis=2)
     if radix > 1:
-        dlogits = attention * (da - (attention * da).sum(axis=2, keepdims=True))
+        dlogits = attention * (dattention - (attention * dattention).sum(axis=2, keepdims=True))
     else:
-        dlogits = da * attention * (1 - attention)
+        dlogits = dattention * attention * (1 - attention)
     dselected = dlogits.reshape(-1, groups, channels // groups, radix).swapaxes(2, 3).reshape(n, radix * channels)
     dh, dfc2 = conv.backward(dselected, fc2)
     db, dnorm1 = _norm_relu_backward(dh, fc2.x, norm1)
@@ -163,7 +163,7 @@ def example(draw):
     inputs, channels = groups * radix * draw.size("I / (K R)", high=2), groups * draw.size("C / K", high=2)
     norm, bias, training = (draw.choice(what, True, False) for what in ("norm", "bias", "training"))
     params = init(draw.rng, inputs, channels, kernel, radix, groups, radix, groups, norm, bias)
-    options = {"radix": radix, "stride": draw.choice("stride", 1, 2), "padding": draw.choice("padding", 1, 2)}
+    options = {"radix": radix, "stride": draw.choice("stride", 1, 2), "padding": draw.choice("padding", 1, 2, 0)}
     options["dilation"] = draw.size("dilation", high=2)
     options["stats"] = _example_stats(draw, params) if norm and not training else None
     options["eps"] = 0.1 if training else 1e-5  # rounding grows by 1 / sqrt(eps) where a batch has no variance
