@@ -23,7 +23,7 @@ from refattn.attention.dot_product import (
     transformer_encoder_layer,
 )
 from refattn.attention.mixed import bam, cbam, dual, hybrid
-from refattn.attention.spatial import bam_spatial, cbam_spatial, position
+from refattn.attention.spatial import bam_spatial, cbam_spatial, non_local, position, region_non_local
 from refattn.attention.temporal import additive, additive_decoder, local_attention, luong_decoder, multiplicative
 from refattn.core import leaves, tree_map
 from refattn.elementwise import relu
@@ -664,6 +664,12 @@ def test_a_filter_for_every_channel_that_is_the_same_for_all(rng):
     same((y, dx, dshared), (z, dz, tree_map(lambda d: d.sum(axis=0, keepdims=True), down)))
 
 
+def test_the_kernel_grows_with_the_logarithm_of_the_channels():
+    """The values that the rule of ECA gives in the issues of its authors' repository."""
+    channels = 16, 64, 128, 256, 512, 1024, 2048
+    assert [efficient_channel.adaptive_kernel(c) for c in channels] == [3, 3, 5, 5, 5, 5, 7]
+
+
 def test_a_gate_of_variation_does_not_see_a_shift(rng):
     x, params = rng.normal(size=(2, 4, 3, 5)), like(rng, second_order_channel.init(rng, 4, 2))
     same(simam.forward(x)[1].gate, simam.forward(x + 3)[1].gate)
@@ -704,3 +710,20 @@ def test_split_attention_without_splits_is_a_convolution_then_squeeze_and_excita
     z, (du, dinner) = run(squeeze_excitation, relu(u), inner_params)
     dz, dconv = conv.backward(du * (u > 0), convolved)
     same((y, dx, dparams.conv, dparams.fc1), (z, dz, dconv, conv.Params(dinner.w1, dinner.b1)))
+
+
+# --- regions ------------------------------------------------------------------------------------------------
+
+
+def test_one_region_is_the_whole_image(rng):
+    x, params = rng.normal(size=(2, 3, 5, 4)), like(rng, non_local.init(rng, 3, 2, norm=False))
+    y, (dx, dparams) = run(region_non_local, x, params, grid=1)
+    z, (dz, dwhole) = run(non_local, x, params, pool="after", scale=False)
+    same((y, dx, dparams), (z, dz, dwhole))
+
+
+def test_a_region_does_not_see_the_others(rng):
+    x, params = rng.normal(size=(2, 3, 5, 7)), like(rng, non_local.init(rng, 3, 2, norm=False))
+    y, _ = region_non_local.forward(x, params)
+    corner, _ = non_local.forward(x[:, :, :2, :3], params, pool="after", scale=False)
+    same(corner, y[:, :, :2, :3])

@@ -24,7 +24,8 @@ Backward, with a bar for "gradient of the loss with respect to"
 Choices
     F = C is the authors' second module ("ns", not shared). No bias in the authors' code; some ports have one.
     circular=True closes the channels to a ring instead of padding with zeros (cECA, in timm).
-    K is an argument of the authors' module; the paper's rule, which `adaptive_kernel` is, lies outside it.
+    K is an argument of the authors' module, 3 unless given; the paper's rule, which `adaptive_kernel` is, lies outside
+    it. Where the rule gives 1, for the fewest channels, timm takes 3.
 """
 
 import math
