@@ -73,7 +73,7 @@ def pad(x, windows, value=0.0):
     """x, whose last axes are space, with `value` around it."""
     if not any(windows.padding):
         return x
-    padded = np.full_like(x, value, shape=(*x.shape[: -len(windows.space)], *padded_space(windows)))
+    padded = np.full_like(x, value, order="C", shape=(*x.shape[: -len(windows.space)], *padded_space(windows)))
     padded[inside(windows)] = x
     return padded
 

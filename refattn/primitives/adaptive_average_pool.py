@@ -32,7 +32,7 @@ def forward(x: Shaped[Array, "N C *S"], *, size: int | tuple = 1) -> tuple[Shape
     space = x.shape[2:]
     size = per_axis("adaptive_average_pool.forward: size", size, len(space), 1)
     expect(all(space), "adaptive_average_pool.forward: x.shape", x.shape, "at least one pixel")
-    y = np.empty((*x.shape[:2], *size), x.dtype)
+    y = np.empty_like(x, shape=(*x.shape[:2], *size))
     for t, s in bins(space, size):
         y[t] = x[s].mean(axis=tuple(range(2, x.ndim)))
     return y, Saved(space)
@@ -40,7 +40,7 @@ def forward(x: Shaped[Array, "N C *S"], *, size: int | tuple = 1) -> tuple[Shape
 
 @shaped
 def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"]]:
-    dx = np.zeros((*dy.shape[:2], *saved.space), dy.dtype)
+    dx = np.zeros_like(dy, shape=(*dy.shape[:2], *saved.space))
     for t, s in bins(saved.space, dy.shape[2:]):
         share = dy[t] / math.prod(dx[s].shape[2:])
         dx[s] += np.expand_dims(share, tuple(range(2, dy.ndim)))

@@ -71,7 +71,7 @@ def forward(
     training = stats is None
     if training:
         expect(_count(x) > 1, "batch_norm.forward: x.shape", x.shape, "more than one value per channel when training")
-    y = np.empty(x.shape, np.result_type(x, *(params or ()), *(stats or ())))
+    y = np.empty_like(x, np.result_type(x, *(params or ()), *(stats or ())), "C")
     stats, inverse_std = by_channels(functools.partial(_normalise, eps), x, params, stats, y)
     return y, Saved(x, inverse_std, params, stats, training)
 
@@ -91,7 +91,7 @@ def _normalise(eps, x, params, stats, y):
 @shaped
 def backward(dy: Shaped[Array, "N C *S"], saved: Saved) -> tuple[Shaped[Array, "N C *S"], Params | None]:
     x, inverse_std, params, stats, training = saved
-    dx = np.empty(dy.shape, np.result_type(dy, x, inverse_std, *(params or ())))
+    dx = np.empty_like(dy, np.result_type(dy, x, inverse_std, *(params or ())), "C")
     dparams = by_channels(functools.partial(_pull_back, training), dy, x, inverse_std, params, stats, dx)
     return dx, None if params is None else dparams
 

@@ -65,7 +65,8 @@ def forward(
     _check(x, params.weight, groups)
     w = windows("conv.forward", x.shape[2:], params.weight.shape[2:], stride, padding, dilation)
     n, outputs = len(x), len(params.weight)
-    y = np.empty((n, outputs, *w.output), np.result_type(x, *(p for p in params if p is not None)))
+    dtype = np.result_type(x, *(p for p in params if p is not None))
+    y = np.empty_like(x, dtype, "C", shape=(n, outputs, *w.output))
     grouped = _grouped(x, groups), _matrices(params.weight, groups), _grouped(y, groups)
     by_channels(functools.partial(_convolve, w), *grouped, expansion=math.prod(w.kernel))
     if params.bias is not None:
@@ -81,8 +82,8 @@ def _convolve(w, x, weight, y):
 @shaped
 def backward(dy: Shaped[Array, "N O *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"], Params]:
     x, params, w, groups = saved
-    dx = np.empty(x.shape, np.result_type(dy, params.weight))
-    dweight = np.empty(params.weight.shape, np.result_type(dy, x))
+    dx = np.empty_like(x, np.result_type(dy, params.weight), "C")
+    dweight = np.empty_like(params.weight, np.result_type(dy, x), "C")
     grouped = *(_grouped(a, groups) for a in (x, dy, dx)), *(_matrices(a, groups) for a in (params.weight, dweight))
     by_channels(functools.partial(_pull_back, w), *grouped, expansion=math.prod(w.kernel))
     dbias = None if params.bias is None else dy.sum(axis=(0, *range(2, dy.ndim)))
@@ -115,7 +116,7 @@ def _columns(x, w):
     columns = x
     if not w.pointwise:
         padded = pad(x, w)
-        columns = np.empty((*x.shape[:3], math.prod(w.kernel), *w.output), x.dtype)
+        columns = np.empty_like(x, shape=(*x.shape[:3], math.prod(w.kernel), *w.output))
         for k, tap in enumerate(taps(w)):
             columns[:, :, :, k] = padded[tap]
     return columns.reshape(*x.shape[:2], x.shape[2] * math.prod(w.kernel), math.prod(w.output))
@@ -124,7 +125,7 @@ def _columns(x, w):
 def _add_columns(columns, shape, w):
     """col2im: from (N, groups, I K, T) to (N, groups, I, *S), every entry added to the pixel it was copied from."""
     columns = columns.reshape(*shape[:3], math.prod(w.kernel), *w.output)
-    padded = np.zeros((*shape[:3], *padded_space(w)), columns.dtype)
+    padded = np.zeros_like(columns, order="C", shape=(*shape[:3], *padded_space(w)))
     for k, tap in enumerate(taps(w)):
         padded[tap] += columns[:, :, :, k]
     return padded[inside(w)]

@@ -1,4 +1,4 @@
-r"""Convolution, batch normalisation, ReLU: the block that networks are built of.
+r"""Convolution, batch normalisation and ReLU as one block.
 
 Shapes
     N items, C channels in, O channels out, *S space in, *T space out.

@@ -51,7 +51,7 @@ def forward(
 @shaped
 def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "N C *S"]]:
     source, w = saved
-    padded = np.zeros((*dy.shape[:2], *padded_space(w)), dy.dtype)
+    padded = np.zeros_like(dy, order="C", shape=(*dy.shape[:2], *padded_space(w)))
     np.add.at(padded.reshape(-1), source.ravel(), dy.ravel())
     return (padded[inside(w)],)
 

@@ -97,7 +97,7 @@ def logits_backward(de: Shaped[Array, "N C"], saved: SavedLogits) -> tuple[Shape
     for block in reversed(hidden):
         dh, dblock = conv_norm_relu.backward(dh, block)
         dhidden.append(dblock)
-    dx = np.zeros(shape, dh.dtype)
+    dx = np.zeros_like(dh, shape=shape)
     dx[:, :, :rows, :columns] = dh[:, :, None, None] / (rows * columns)
     return dx, Params(tuple(reversed(dhidden)), dfinal)
 

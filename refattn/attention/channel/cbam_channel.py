@@ -134,7 +134,7 @@ def _pool_backward(kind, dz, z, x):
         return np.where(z.real == 0, 0, dz / np.where(z.real == 0, 1, z)) * x
     if kind == "lse":
         return dz * np.exp(x - z)
-    dx = np.zeros(x.shape, dz.dtype)
+    dx = np.zeros_like(x, dz.dtype, "C")
     np.put_along_axis(dx, _winner(x), dz, axis=2)
     return dx
 

@@ -100,7 +100,7 @@ def _pool_backward(kind, dq, x):
     """(N, 1, H, W) to (N, C, H, W), or to what broadcasts to it."""
     if kind == "avg":
         return dq / x.shape[1]
-    dx = np.zeros(x.shape, dq.dtype)
+    dx = np.zeros_like(x, dq.dtype, "C")
     np.put_along_axis(dx, _winner(x), dq, axis=1)
     return dx
 
