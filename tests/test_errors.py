@@ -311,6 +311,20 @@ BAD = [
     ("scaled_dot_product", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     ("scaled_dot_product", args(lambda q, k, v: (q[..., :0], k[..., :0], v)), "expected at least one feature"),
     ("transformer_encoder_layer", options(activation="swish"), "activation is 'swish', expected one of"),
+    ("region_non_local", options(grid=0), "grid is 0, expected a positive int"),
+    ("region_non_local", options(grid=40), "expected H and W of at least"),
+    ("transformer_decoder_layer", options(activation="swish"), "activation is 'swish', expected one of"),
+    ("pyramid_feature", first(lambda x: x[..., :-1]), "expected H / 2 and W / 2 of c1"),
+    (
+        "pyramid_feature",
+        params(lambda p: p._replace(high=tree_map(lambda a: a.repeat(3, -1) if a.ndim == 4 else a, p.high))),
+        "expected a 1 x 1 kernel",
+    ),
+    (
+        "pyramid_feature",
+        params(lambda p: p._replace(low=tree_map(lambda a: a.repeat(2, 0), p.low))),
+        "expected as many outputs as params.high",
+    ),
     # --- mixed
     ("bam", options(combine="max"), "combine is 'max', expected 'mul' or 'add'"),
     (

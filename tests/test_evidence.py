@@ -43,6 +43,6 @@ def test_frameworks():
     pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
     from refattn.frameworks.torch import TARGETS
 
-    covered = {target.mechanism for target in TARGETS}
+    covered = {target.like for target in TARGETS}
     named = {m.name for m in EVERYTHING if "framework" in m.ABOUT.witnesses}
     assert named == covered, f"named but not cross-checked: {named - covered}; not named: {covered - named}"

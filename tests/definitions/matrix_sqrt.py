@@ -1,4 +1,4 @@
-"""Li, Xie, Wang and Gao 2018, equations 4 to 6 and their post-compensation, with the half-steps of the authors' code."""
+"""Li et al. 2018: the coupled Newton-Schulz iteration, as nested lists."""
 
 import math
 
