@@ -13,6 +13,7 @@ from refattn.draw import RandomDraw
 from refattn.oracle import bounds
 from refattn.oracle.bounds import allowed, allowed_of_call, unit_roundoff
 from refattn.oracle.check import check
+from refattn.oracle.inputs import rounded
 from refattn.primitives import batch_norm, conv, gru_cell, linear, softmax
 from refattn.registry import everything
 
@@ -120,6 +121,20 @@ def test_what_is_written_in_place_forgets_the_sum_it_was():
     total = x.sum(axis=1) * np.array([0, 0, 1, 1])
     most = allowed(overwritten, total, np.float32)
     assert (most[:2] == 0).all() and (most[2:] > 0).all()
+
+
+@pytest.mark.parametrize("mechanism", list(everything().values()), ids=str)
+def test_noise_is_never_lost(mechanism):
+    """An array made by np.empty, say, in place of np.empty_like, would compute without noise from there on."""
+    for seed in range(4):
+        call = mechanism.example(RandomDraw(seed))
+        start = bounds.Noise(np.random.default_rng(seed), 1e-7, 1e-38, afresh=bool(seed % 2)).start
+        args, options = rounded(call, np.float64)
+        options = {name: tree_map(start, value) for name, value in options.items()}
+        out, saved = mechanism.forward(*tree_map(start, args), **options)
+        grads = mechanism.backward(tree_map(start, tree_map(lambda y: np.ones(y.shape), out)), saved)
+        plain = [path for path, x in leaves((out, tuple(grads))) if not isinstance(x, bounds.Noisy)]
+        assert not plain, f"{mechanism}: computed without noise: {plain}"
 
 
 def test_a_gradient_that_is_zero_by_cancellation_may_be_noise():

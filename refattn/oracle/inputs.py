@@ -8,6 +8,7 @@ from refattn.core import Call, leaves, tree_map
 from refattn.draw import RandomDraw
 
 LONG = 16, 40  # how much a stretched size is more than its least
+SHOWN = 8  # arrays, when a call is put into words
 LARGEST = 3000  # numbers in the arguments of a stretched call, or in its output
 
 
@@ -80,8 +81,12 @@ def in_words(call, names):
     """q (2, 3), k (4, 3), is_causal=True"""
     arrays = [f"{path} {x.shape}" for name, arg in zip(names, call.args) for path, x in leaves(arg, name)]
     options = [f"{k}={_short(v)}" for k, v in call.options.items()]
-    return ", ".join(arrays + options)
+    more = [f"{len(arrays) - SHOWN} more"] if len(arrays) > SHOWN else []
+    return ", ".join(arrays[:SHOWN] + more + options)
 
 
 def _short(value):
-    return f"array{value.shape}" if isinstance(value, np.ndarray) else repr(value)
+    if isinstance(value, np.ndarray):
+        return f"array{value.shape}"
+    arrays = isinstance(value, tuple) and any(isinstance(x, np.ndarray) for _, x in leaves(value))
+    return "..." if arrays else repr(value)
