@@ -315,7 +315,6 @@ class Unreadable:
         (lambda x, params, *, scale: x, "linear", "takes scale, expected x, params"),
         (lambda q, k: q, "scaled_dot_product", "does not take v, expected q, k, v and any of scale, mask, is_causal"),
         (lambda x: x, "max_pool", "does not take kernel"),
-        (int.from_bytes, "linear", "expected x, params"),
         (Unreadable(), "linear", "has no signature to read, expected a function of x, params"),
     ],
 )
@@ -380,6 +379,8 @@ def test_stretching_gives_up_where_an_example_cannot_bear_it():
         return Call((draw.array(size, 2), linear.init(draw.rng, 2, 2)), {})
 
     assert all(len(draw_call(linear, example, [0, i]).args[0]) <= 4 for i in range(6))
+    large = linear.init(np.random.default_rng(0), 2, 2)
+    assert draw_call(linear, lambda draw: Call((draw.array(LARGEST, 2), large), {}), [0, 1]).args[0].size > LARGEST
     with pytest.raises(ValueError, match="expected at most"):
         Stretched([0], which=0).array(LARGEST + 1)
 
