@@ -23,7 +23,16 @@ from refattn.attention.dot_product import (
     transformer_encoder_layer,
 )
 from refattn.attention.mixed import bam, cbam, dual, hybrid
-from refattn.attention.spatial import bam_spatial, cbam_spatial, non_local, position, region_non_local
+from refattn.attention.spatial import (
+    bam_spatial,
+    cbam_spatial,
+    context_feature_extraction,
+    non_local,
+    position,
+    pyramid_channel,
+    pyramid_spatial,
+    region_non_local,
+)
 from refattn.attention.temporal import additive, additive_decoder, local_attention, luong_decoder, multiplicative
 from refattn.core import leaves, tree_map
 from refattn.elementwise import relu
@@ -727,3 +736,70 @@ def test_a_region_does_not_see_the_others(rng):
     y, _ = region_non_local.forward(x, params)
     corner, _ = non_local.forward(x[:, :, :2, :3], params, pool="after", scale=False)
     same(corner, y[:, :, :2, :3])
+
+
+# --- pixels and pyramids ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", [(5,), (3, 4), (2, 2, 3)])
+def test_a_non_local_block_is_attention_of_all_positions_to_all(rng, space):
+    x, params = rng.normal(size=(2, 4, *space)), like(rng, non_local.init(rng, 4, 3, norm=False))
+    rows = x.reshape(2, 4, -1).swapaxes(1, 2)
+    q, k, v = (linear.forward(rows, p)[0] for p in (params.theta, params.phi, params.g))
+    attended, _ = linear.forward(scaled_dot_product.forward(q, k, v)[0], params.out)
+    same(x + attended.swapaxes(1, 2).reshape(x.shape), non_local.forward(x, params, pool=None)[0])
+
+
+def test_position_attention_is_a_non_local_block_that_maps_back_by_gamma(rng):
+    x, params = rng.normal(size=(2, 4, 3, 2)), like(rng, position.init(rng, 4, 2))
+    block = non_local.Params(
+        g=params.value, out=linear.Params(params.gamma * np.eye(4)), theta=params.query, phi=params.key
+    )
+    y, (dx, dparams) = run(position, x, params)
+    z, (dz, dblock) = run(non_local, x, block, pool=None, scale=False)
+    same((y, dx, dparams.query, dparams.key, dparams.value), (z, dz, dblock.theta, dblock.phi, dblock.g))
+    same(dparams.gamma, np.trace(dblock.out.weight)[None])
+
+
+def test_the_concatenation_of_a_silent_half_sees_one_side(rng):
+    """With wt = 0 all positions attend alike."""
+    x, params = rng.normal(size=(2, 3, 4, 2)), like(rng, non_local.init(rng, 3, 2, mode="concatenation", norm=False))
+    params = params._replace(concat=params.concat * np.array([[0], [1]]))
+    weights = non_local.forward(x, params, mode="concatenation", pool=None)[1].weights
+    same(weights, np.broadcast_to(weights[:, :1], weights.shape))
+
+
+def test_context_features_are_blocks_side_by_side(rng):
+    x, params = rng.normal(size=(2, 3, 4, 5)), like(rng, context_feature_extraction.init(rng, 3, 2, (1, 3)))
+    y, (dx, dparams) = run(context_feature_extraction, x, params, dilations=(1, 2))
+    dout = np.cos(1.0 + np.arange(y.size)).reshape(y.shape)
+    total = 0
+    for i, dilation in enumerate((1, 2)):
+        part = slice(2 * i, 2 * i + 2)
+        block = conv_norm_relu.Params(params.branches[i], batch_norm.Params(*(p[part] for p in params.norm)))
+        options = {"dilation": dilation, "padding": i * dilation, "eps": 1e-3}
+        z, (dz, dblock) = run(conv_norm_relu, x, block, dout=dout[:, part], **options)
+        total = total + dz
+        same((z, dblock.conv), (y[:, part], dparams.branches[i]))
+        same(tuple(dblock.norm), tuple(p[part] for p in dparams.norm))
+    same(dx, total)
+
+
+def test_the_two_chains_of_spatial_attention_change_places_when_the_image_lies_on_its_side(rng):
+    def turn(image):
+        return image.swapaxes(2, 3)
+
+    def turned(params):
+        chains = (tree_map(lambda p: turn(p) if p.ndim == 4 else p, chain) for chain in params[::-1])
+        return pyramid_spatial.Params(*chains)
+
+    x, params = rng.normal(size=(2, 4, 3, 5)), like(rng, pyramid_spatial.init(rng, 4, 3))
+    dout = rng.normal(size=x.shape)
+    y, (dx, dparams) = run(pyramid_spatial, x, params, dout=dout)
+    z, (dz, dturned) = run(pyramid_spatial, turn(x), turned(params), dout=turn(dout))
+    same((y, dx, dparams), (turn(z), turn(dz), turned(dturned)))
+
+
+def test_the_channel_attention_of_the_pyramid_is_squeeze_and_excitation(rng):
+    x, params = rng.normal(size=(2, 8, 3, 5)), like(rng, squeeze_excitation.init(rng, 8, reduction=4))
+    same(run(pyramid_channel, x, params), run(squeeze_excitation, x, params))

@@ -99,4 +99,4 @@ def example(draw):
     return Call((x, params), options)
 
 
-ABOUT = About(witnesses=("authors' code", "definition"))
+ABOUT = About(witnesses=("authors' code", "definition", "relation"))

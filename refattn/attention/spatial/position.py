@@ -124,5 +124,5 @@ def example(draw):
 ABOUT = About(
     weights="weights",
     laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one", "pixel_permutation_equivariant"),
-    witnesses=("authors' code", "definition"),
+    witnesses=("authors' code", "definition", "relation"),
 )

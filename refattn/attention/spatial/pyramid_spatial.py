@@ -156,4 +156,4 @@ def example_stats(draw, params):
     return Stats(*(ChainStats(*map(stats, chain)) for chain in params))
 
 
-ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))
+ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition", "relation"))
