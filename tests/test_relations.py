@@ -10,6 +10,7 @@ from refattn.attention.channel import (
     cbam_channel,
     channel_self,
     efficient_channel,
+    matrix_power_pool,
     second_order_channel,
     selective_kernel,
     simam,
@@ -803,3 +804,18 @@ def test_the_two_chains_of_spatial_attention_change_places_when_the_image_lies_o
 def test_the_channel_attention_of_the_pyramid_is_squeeze_and_excitation(rng):
     x, params = rng.normal(size=(2, 8, 3, 5)), like(rng, squeeze_excitation.init(rng, 8, reduction=4))
     same(run(pyramid_channel, x, params), run(squeeze_excitation, x, params))
+
+
+# --- pooling ------------------------------------------------------------------------------------------------
+
+
+def test_the_pooled_root_does_not_see_a_shift_and_scales_with_the_image(rng):
+    x = rng.normal(size=(2, 3, 4, 5))
+    y, _ = matrix_power_pool.forward(x)
+    same(y, matrix_power_pool.forward(x + rng.normal(size=(2, 3, 1, 1)))[0])
+    same(3 * y, matrix_power_pool.forward(3 * x)[0])
+
+
+def test_one_channel_is_pooled_to_its_standard_deviation(rng):
+    x = rng.normal(size=(2, 1, 4, 5))
+    same(x.std(axis=(2, 3)), matrix_power_pool.forward(x)[0])
