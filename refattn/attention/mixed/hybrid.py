@@ -19,8 +19,9 @@ Backward, with a bar for "gradient of the loss with respect to"
 Choices
     A member is named, or None: then its params and their gradient are None, and the others work without it. A member
     without params (simam) has None too. `options` holds further arguments of each member, by place:
-    options={"spatial": {"maps": ("avg", "max")}, "self_attention": {"pool": None}}.
+    options={"spatial": {"stats": stats}, "self_attention": {"pool": None}}.
     Mechanisms that make new channels (selective_kernel, split_attention) are convolutions, and no members.
+    pyramid_spatial puts out its gate; all others put out their input, gated or added to.
 """
 
 from itertools import permutations
@@ -35,7 +36,7 @@ from refattn.attention.channel import (
     simam,
     squeeze_excitation,
 )
-from refattn.attention.spatial import bam_spatial, cbam_spatial, non_local, position, region_non_local
+from refattn.attention.spatial import bam_spatial, cbam_spatial, non_local, position, pyramid_spatial, region_non_local
 from refattn.core import About, Array, Call, Shaped, expect, shaped
 
 PLACES = ("channel", "spatial", "self_attention")
@@ -50,7 +51,7 @@ MEMBERS = {
     "channel": _by_name(
         squeeze_excitation, efficient_channel, second_order_channel, simam, cbam_channel, bam_channel, channel_self
     ),
-    "spatial": _by_name(cbam_spatial, bam_spatial),
+    "spatial": _by_name(cbam_spatial, bam_spatial, pyramid_spatial),
     "self_attention": _by_name(position, channel_self, non_local, region_non_local),
 }
 
