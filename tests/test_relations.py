@@ -804,6 +804,7 @@ def test_the_two_chains_of_spatial_attention_change_places_when_the_image_lies_o
 def test_the_channel_attention_of_the_pyramid_is_squeeze_and_excitation(rng):
     x, params = rng.normal(size=(2, 8, 3, 5)), like(rng, squeeze_excitation.init(rng, 8, reduction=4))
     same(run(pyramid_channel, x, params), run(squeeze_excitation, x, params))
+    same(pyramid_channel.forward(x, params)[1].gate, squeeze_excitation.forward(x, params)[1].gate)
 
 
 # --- pooling ------------------------------------------------------------------------------------------------
