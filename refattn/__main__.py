@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import functools
 import importlib.util
 import inspect
 import json
@@ -236,23 +237,30 @@ def _load(spec):
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
         raise BadUse(f"{spec}: expected FILE.py:FUNCTION")
-    path = Path(file)
-    if not path.is_file():
+    if not Path(file).is_file():
         raise BadUse(f"{file}: no such file")
-    sys.path.insert(0, str(path.resolve().parent))  # what lies beside it can be imported
-    loading = importlib.util.spec_from_file_location(path.stem, path)
-    if loading is None:
-        raise BadUse(f"{file}: not a Python file")
-    module = importlib.util.module_from_spec(loading)
-    try:
-        loading.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise BadUse(f"{file} cannot be imported: {type(error).__name__}: {error}") from None
+    module = _module(Path(file).resolve())
     function = getattr(module, name, None)
     if not callable(function):
         functions = [n for n, x in vars(module).items() if inspect.isfunction(x) and n[0] != "_"]
         raise BadUse(f"{file} has no function {name}; it has {', '.join(functions) or 'none'}")
     return function
+
+
+@functools.cache
+def _module(path):
+    """A file as a module, once: what forward leaves behind, backward finds."""
+    name = f"refattn_candidate_{path.stem}"
+    loading = importlib.util.spec_from_file_location(name, path)
+    if loading is None:
+        raise BadUse(f"{path.name}: not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(loading)
+    sys.path.insert(0, str(path.parent))  # what lies beside it can be imported
+    try:
+        loading.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise BadUse(f"{path.name} cannot be imported: {type(error).__name__}: {error}") from None
+    return module
 
 
 if __name__ == "__main__":

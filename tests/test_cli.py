@@ -103,6 +103,22 @@ def files(tmp_path, monkeypatch):
                 bias = None if params.bias is None else flat.sum(0)
                 return dout @ params.weight, (flat.T @ flat_x, bias)
             """,
+        "text.txt": "",
+        "record.py": """
+            from __future__ import annotations
+            import dataclasses
+            @dataclasses.dataclass
+            class Kept:
+                x: object = None
+            kept = Kept()
+            def f(x, params):
+                kept.x = x.copy()
+                return x @ params.weight.T + (0 if params.bias is None else params.bias)
+            def backward(dout, x, params, out):
+                assert (kept.x == x).all()
+                flat_x, flat = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
+                return dout @ params.weight, (flat.T @ flat_x, flat.sum(0))
+            """,
         "beside.py": "def multiply(x, w):\n    return x @ w.T\n",
         "raises.py": "1 / 0\n",
         "exits.py": "import sys\nsys.exit(0)\n",
@@ -142,6 +158,7 @@ def files(tmp_path, monkeypatch):
         ("check folder:f --like linear", "folder: no such file"),
         ("check good.py:g --like linear", "good.py has no function g; it has multiply, f, wrong, takes_more, backward"),
         ("check good.py:LIST --like linear", "has no function LIST"),
+        ("check text.txt:f --like linear", "text.txt: not a Python file"),
         ("check empty.py:f --like linear", "empty.py has no function f; it has none"),
         ("check raises.py:f --like linear", "raises.py cannot be imported: ZeroDivisionError: division by zero"),
         ("check exits.py:f --like linear", "exits.py cannot be imported: SystemExit"),
@@ -173,6 +190,12 @@ def test_a_file_with_a_backward(refattn_cli, files):
     assert status == 0 and "ok   dparams.weight" in out and "float64: conforms" in out
     status, out, _ = refattn_cli(*command, "--forward-only")
     assert status == 0 and "gradients are not judged: not asked for" in out
+
+
+def test_forward_and_backward_share_their_file(refattn_cli, files):
+    command = ("check", "record.py:f", "--like", "linear", "--backward", "record.py:backward", "--examples", 4)
+    status, out, _ = refattn_cli(*command)
+    assert status == 0 and "dparams.bias" in out, out
 
 
 def test_a_file_that_differs(refattn_cli, files):
