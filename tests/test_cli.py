@@ -368,6 +368,16 @@ def test_a_worker_that_dies_is_reported(refattn_cli, monkeypatch):
     assert status == 1 and "a worker died" in err
 
 
+def test_after_ctrl_c_the_workers_are_ended_not_waited_for(refattn_cli, monkeypatch):
+    def interrupt(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trials, "as_completed", interrupt)
+    began = time.monotonic()
+    status, _, err = refattn_cli("check", "recurrent", "conv", "--jobs", 2, "--examples", 100000)
+    assert status == 130 and err == "refattn: interrupted\n" and time.monotonic() - began < 60
+
+
 def _broken(*_):
     from concurrent.futures.process import BrokenProcessPool
 
