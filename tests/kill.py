@@ -18,7 +18,7 @@ SUITES = {  # of the files that are no mechanism
     "contract": ("tests/test_check.py", "tests/test_cli.py"),
     "inputs": ("tests/test_check.py",),
 }
-OF_A_MECHANISM = ("every_mechanism", "definitions", "errors", "relations", "teeth")
+OF_A_MECHANISM = ("defaults", "every_mechanism", "definitions", "errors", "relations", "teeth")
 
 
 def noticed_by_laws(name):
