@@ -1,4 +1,4 @@
-"""Defaults are the official ones, and `init` draws what its docstring says: examples name all, and so show neither.
+"""Defaults are the official ones, and `init` draws what its docstring says: examples name all, and so show neither."""
 
 import inspect
 
