@@ -6,14 +6,47 @@ import numpy as np
 import pytest
 
 from refattn.attention.channel import efficient_channel
+from refattn.attention.spatial import non_local
 from refattn.core import leaves
+from refattn.primitives import layer_norm, rms_norm
 from refattn.registry import everything
 
 OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the authors' code
-    "average_pool": {"padding": 0, "count_include_pad": True},
+    "adaptive_average_pool": {"size": 1},
+    "adaptive_max_pool": {"size": 1},
+    "alignment_score": {"score": "general"},
+    "average_pool": {"stride": None, "padding": 0, "count_include_pad": True},
     "batch_norm": {"eps": 1e-5},
     "bilinear_resize": {"align_corners": False},
+    "conv": {"stride": 1, "padding": 0, "dilation": 1, "groups": 1},
+    "conv_norm_relu": {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "eps": 1e-5},
+    "feed_forward": {"activation": "relu"},
+    "group_norm": {"eps": 1e-5},
     "gru_cell": {"reset_after": True, "z_weighs": "old"},
+    "layer_norm": {"axes": 1, "eps": 1e-5},
+    "log_softmax": {"axis": -1},
+    "logsumexp": {"axis": -1, "keepdims": False},
+    "max_pool": {"stride": None, "padding": 0, "dilation": 1},
+    "recurrent": {"direction": "forward", "padded": "zero", "reset_after": True, "z_weighs": "old"},
+    "recurrent_cell": {"reset_after": True, "z_weighs": "old"},
+    "rms_norm": {"eps": 1e-6},
+    "softmax": {"axis": -1},
+    "matrix_power_pool": {"iterations": 5},
+    "efficient_channel": {"circular": False},
+    "pyramid_feature": {"relu": True, "eps": 1e-3},
+    "hybrid": {
+        "channel": "squeeze_excitation",
+        "spatial": "cbam_spatial",
+        "self_attention": "position",
+        "arrangement": "sequence",
+        "order": ("channel", "spatial", "self_attention"),
+    },
+    "attention_wrapper": {"output": "attention", "score": "general"},
+    "multiplicative": {"score": "general"},
+    "luong_encoder_decoder": {"score": "general", "feed": True, "gaussian": "weights"},
+    "multi_head": {"is_causal": False},
+    "scaled_dot_product": {"scale": None, "is_causal": False},
+    "transformer_decoder_layer": {"norm_first": False, "activation": "relu", "is_causal": True, "eps": 1e-5},
     "matrix_sqrt": {"iterations": 5},
     "maxout": {"pieces": 2},
     "bam_channel": {"pool": "square"},
@@ -33,27 +66,52 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "non_local": {"mode": "embedded_gaussian", "pool": "before", "scale": True, "eps": 1e-5},
     "region_non_local": {"grid": 2, "pool": "after"},
     "additive_decoder": {"reset_after": False, "z_weighs": "new"},
-    "local_attention": {"gaussian": "weights", "start": 0},
-    "luong_decoder": {"feed": True, "gaussian": "weights"},
-    "luong_chatbot": {"mask_padding": False},
+    "local_attention": {"score": "general", "gaussian": "weights", "start": 0},
+    "luong_decoder": {"score": "general", "feed": True, "gaussian": "weights"},
+    "luong_chatbot": {"score": "general", "mask_padding": False},
     "rnn_search": {"gru": "paper"},
     "transformer_encoder_layer": {"norm_first": False, "activation": "relu", "is_causal": False, "eps": 1e-5},
 }
 
 SIZES = {  # of init, as published
+    "alignment_score": {"score": "general", "bias": False, "scale": False},
+    "conv": {"groups": 1, "bias": True},
+    "conv_norm_relu": {"groups": 1, "bias": False},
+    "feed_forward": {"bias": True},
+    "gru_cell": {"bias": True},
+    "layer_norm": {"bias": True},
+    "linear": {"bias": True},
+    "lstm_cell": {"bias": True},
+    "recurrent": {"cell": "gru", "layers": 1, "direction": "forward", "bias": True},
+    "rnn_cell": {"bias": True},
     "squeeze_excitation": {"reduction": 16, "bias": True},
-    "second_order_channel": {"reduction": 16},
-    "selective_kernel": {"reduction": 16, "least": 32, "groups": 32},
-    "split_attention": {"radix": 2, "reduction": 4, "least": 32, "bias": False},
-    "efficient_channel": {"bias": False},
+    "second_order_channel": {"reduction": 16, "bias": True},
+    "selective_kernel": {"kernels": (3, 3), "groups": 32, "reduction": 16, "least": 32, "split_input": False},
+    "split_attention": {"kernel": 3, "radix": 2, "groups": 1, "reduction": 4, "least": 32, "norm": True, "bias": False},
+    "efficient_channel": {"shared": True, "bias": False},
     "bam": {"reduction": 16, "layers": 1, "dilated": 2},
-    "cbam": {"reduction": 16, "kernel": 7},
+    "bam_channel": {"reduction": 16, "layers": 1},
+    "bam_spatial": {"reduction": 16, "dilated": 2},
+    "cbam": {"reduction": 16, "kernel": 7, "spatial": True},
+    "cbam_channel": {"reduction": 16, "bias": True},
     "cbam_spatial": {"kernel": 7, "norm": True},
+    "hybrid": {"channel": "squeeze_excitation", "spatial": "cbam_spatial", "self_attention": "position"},
+    "context_feature_extraction": {"filters": 32, "kernels": (1, 3, 3, 3)},
+    "non_local": {"inner": None, "mode": "embedded_gaussian", "bias": True, "norm": True},
     "position": {"reduction": 8},
     "pyramid_feature": {"filters": 32, "width": 64, "kernel": 9},
+    "pyramid_spatial": {"kernel": 9},
+    "additive": {"bias": False, "normalize": False},
+    "additive_decoder": {"bias": False},
+    "attention_wrapper": {"cell": "gru", "layers": 1},
     "luong_decoder": {"cell": "lstm", "layers": 1, "feed": True, "bias": False},
-    "luong_chatbot": {"cell": "gru", "layers": 1},
+    "luong_chatbot": {"score": "general", "cell": "gru", "layers": 1},
     "luong_encoder_decoder": {"cell": "lstm", "layers": 1, "feed": True},
+    "multiplicative": {"score": "general", "bias": False, "scale": False},
+    "multi_head": {"bias": True},
+    "rnn_search": {"directions": 2},
+    "transformer_decoder_layer": {"bias": True},
+    "transformer_encoder_layer": {"bias": True},
 }
 
 
@@ -69,6 +127,15 @@ def test_of_forward(name):
 @pytest.mark.parametrize("name", SIZES)
 def test_of_init(name):
     assert SIZES[name].items() <= defaults(everything()[name].init).items()
+
+
+@pytest.mark.parametrize("table, part", [(OFFICIAL, "forward"), (SIZES, "init")], ids=["forward", "init"])
+def test_no_default_is_left_out(table, part):
+    for m in everything().values():
+        known = defaults(getattr(m, part)) if hasattr(m.module, part) else {}
+        decided = {name for name, value in known.items() if value not in (inspect.Parameter.empty, None)}
+        silent = decided - set(table.get(m.name, {}))
+        assert not silent, f"{m}.{part}: the defaults of {silent} are not in the table"
 
 
 VARIANCE_ONE_OVER_FAN_IN = {  # sizes, and the weights: path -> inputs of one unit
@@ -96,3 +163,18 @@ def test_kernel_of_efficient_channel_attention():
     channels = (16, 64, 128, 256, 512, 1024, 2048)
     assert [efficient_channel.adaptive_kernel(c) for c in channels] == [3, 3, 5, 5, 5, 5, 7]
     assert efficient_channel.adaptive_kernel(256, gamma=1, b=1) == 9
+
+
+def test_a_non_local_block_embeds_into_half_the_channels():
+    sizes = [non_local.init(np.random.default_rng(0), c).theta.weight.shape for c in (1, 5, 8)]
+    assert sizes == [(1, 1), (2, 5), (4, 8)]
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm], ids=["layer_norm", "rms_norm"])
+def test_a_norm_without_eps(norm):
+    """eps = 0 is allowed as long as nothing is divided by 0."""
+    x = np.array([[1.0, -3.0, 2.0]])
+    y, _ = norm.forward(x, eps=0.0)
+    assert abs((y * y).mean() - 1) < 1e-15
+    with pytest.raises(ValueError, match=r"eps is 0\.0, expected more than 0"):
+        norm.forward(np.concatenate([x, 0 * x]), eps=0.0)

@@ -128,6 +128,14 @@ BAD = [
         ),
         "w_h.shape is",
     ),
+    (
+        "recurrent",
+        params(
+            lambda p: p._replace(cells=(p.cells[0], lstm_cell.init(np.random.default_rng(0), 1, 1))),
+            lambda c: isinstance(c.args[2].cells[0], rnn_cell.Params),
+        ),
+        "params.cells is",
+    ),
     ("recurrent", first(lambda x: np.concatenate([x, x], 2)), "w_x.shape is"),
     (
         "recurrent",

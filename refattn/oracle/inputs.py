@@ -50,7 +50,7 @@ def draw_call(mechanism, example, seed):
                 if _size(call.args) <= LARGEST and _size(mechanism.forward(*call.args, **call.options)[0]) <= LARGEST:
                     return call
             except (ValueError, IndexError):
-                pass  # what was drawn as a size must fit something else
+                continue  # what was drawn as a size must fit something else: the next size, then
     return example(RandomDraw(seed))
 
 

@@ -145,9 +145,14 @@ def example(draw):
     params = draw.like(init(draw.rng, channels)) if draw.choice("affine", True, False) else None
     stats = draw.choice("mode", "training", "inference")
     if stats == "inference":
-        mean, var = draw.like(init_stats(channels))
-        return Call((x, params), {"stats": Stats(mean, var * var + 0.5)})
+        return Call((x, params), {"stats": example_stats(draw, channels)})
     return Call((x, params), {"eps": draw.choice("eps", 1e-5, 1e-3)})
+
+
+def example_stats(draw, channels):
+    """Statistics for inference: any means, positive variances."""
+    mean, var = draw.like(init_stats(channels))
+    return Stats(mean, var * var + 0.5)
 
 
 ABOUT = About(witnesses=("framework", "definition"))

@@ -76,8 +76,7 @@ def example(draw):
     params = draw.like(init(draw.rng, channels, outputs, (kernel,) * len(space), groups, bias))
     stats = None
     if draw.choice("mode", "training", "inference", "inference again") != "training":
-        mean, var = draw.like(batch_norm.init_stats(outputs))
-        stats = batch_norm.Stats(mean, var * var + 0.5)
+        stats = batch_norm.example_stats(draw, outputs)
     options = {"stride": draw.choice("stride", 1, 2), "padding": draw.choice("padding", 0, 1)}
     options["eps"] = draw.choice("eps", 1e-5, 1e-3)
     return Call((x, params), {"stats": stats, "dilation": dilation, "groups": groups, **options})

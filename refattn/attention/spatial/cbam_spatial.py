@@ -115,8 +115,7 @@ def example(draw):
     norm, stats = draw.choice("norm", "none", "training", "inference"), None
     params = draw.like(init(draw.rng, draw.choice("kernel", 1, 3, 7), norm != "none"))
     if norm == "inference":
-        mean, var = draw.like(batch_norm.init_stats(1))
-        stats = batch_norm.Stats(mean, var * var + 0.5)
+        stats = batch_norm.example_stats(draw, 1)
     return Call((x, params), {"maps": draw.choice("maps", ("max", "avg"), ("avg", "max")), "stats": stats})
 
 

@@ -94,8 +94,7 @@ def example(draw):
     params = draw.like(init(draw.rng, channels, filters, (1, *(3 for _ in dilations[1:]))))
     options = {"dilations": dilations, "eps": draw.choice("eps", 0.01, 0.5)}
     if draw.choice("mode", "training", "inference") == "inference":
-        mean, var = draw.like(batch_norm.init_stats(filters * len(dilations)))
-        options["stats"] = batch_norm.Stats(mean, var * var + 0.5)
+        options["stats"] = batch_norm.example_stats(draw, filters * len(dilations))
     return Call((x, params), options)
 
 

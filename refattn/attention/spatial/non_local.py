@@ -238,8 +238,7 @@ def example(draw):
     x = x + (np.arange(x.size) % 23).reshape(x.shape) / 23
     options = {"mode": mode, "pool": pool, "scale": draw.choice("scale", True, False)}
     if norm == "inference":
-        mean, var = draw.like(batch_norm.init_stats(channels))
-        options["stats"] = batch_norm.Stats(mean, var * var + 0.5)
+        options["stats"] = batch_norm.example_stats(draw, channels)
     return Call((x, params), options | {"eps": draw.choice("eps", 0.01, 0.5)})
 
 

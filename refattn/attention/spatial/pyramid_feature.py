@@ -220,8 +220,7 @@ def _decided(params):
 def _example_stats(draw, params):
     if isinstance(params, pyramid_spatial.Params):
         return pyramid_spatial.example_stats(draw, params)
-    mean, var = draw.like(batch_norm.init_stats(len(params.norm.gamma)))
-    return batch_norm.Stats(mean, var * var + 0.5)
+    return batch_norm.example_stats(draw, len(params.norm.gamma))
 
 
 ABOUT = About(weights="weights", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition"))

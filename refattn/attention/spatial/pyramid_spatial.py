@@ -150,8 +150,7 @@ def example_stats(draw, params):
     """Statistics for inference, as arbitrary as the params."""
 
     def stats(unit):
-        mean, var = draw.like(batch_norm.init_stats(len(unit.norm.gamma)))
-        return batch_norm.Stats(mean, var * var + 0.5)
+        return batch_norm.example_stats(draw, len(unit.norm.gamma))
 
     return Stats(*(ChainStats(*map(stats, chain)) for chain in params))
 
