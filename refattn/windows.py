@@ -3,6 +3,7 @@
 The window of output position t sees, with kernel position k, the pixel  stride t + dilation k - padding.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -55,9 +56,24 @@ def per_axis(what, value, axes, least):
 
 def taps(windows):
     """For every kernel position, in C order: the index, in padded space, of the pixels it sees from all windows."""
-    for k in np.ndindex(*windows.kernel):
-        axes = zip(k, windows.stride, windows.dilation, windows.output)
-        yield (..., *(slice(d * i, d * i + step * (t - 1) + 1, step) for i, step, d, t in axes))
+    for along in itertools.product(*_slices(windows)):
+        yield (..., *along)
+
+
+def taps_by_axis(windows):
+    """For every axis of space: the taps of a kernel that is one position long along the others.
+
+    Whatever treats all positions of the kernel alike can go through the axes one after the other, in fewer steps.
+    """
+    for axis, along in enumerate(_slices(windows)):
+        after = (slice(None),) * (len(windows.space) - axis - 1)
+        yield [(..., tap, *after) for tap in along]
+
+
+def _slices(windows):
+    """For every axis of space, for every kernel position along it: the pixels it sees from all windows."""
+    for n, step, d, t in zip(windows.kernel, windows.stride, windows.dilation, windows.output):
+        yield [slice(d * k, d * k + step * (t - 1) + 1, step) for k in range(n)]
 
 
 def pixels_seen(windows):

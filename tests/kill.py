@@ -18,7 +18,8 @@ SUITES = {  # of the files that are no mechanism
     "contract": ("tests/test_check.py", "tests/test_cli.py"),
     "inputs": ("tests/test_check.py",),
 }
-OF_A_MECHANISM = ("defaults", "every_mechanism", "definitions", "errors", "relations", "teeth")
+OF_ALL = ("primitives", "relations", "defaults")
+OF_A_MECHANISM = ("every_mechanism", "definitions", "errors", "teeth")
 
 
 def noticed_by_laws(name):
@@ -60,8 +61,11 @@ def main(name):
     if noticed_by_laws(name) or noticed_by_recordings(name):
         return 1
     os.environ["HYPOTHESIS_PROFILE"] = "mutation"
-    files = [f"tests/test_{part}.py" for part in OF_A_MECHANISM]
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", name, *files])
+    return tested(OF_ALL) or tested(OF_A_MECHANISM, "-k", name)
+
+
+def tested(parts, *options):
+    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", *options, *(f"tests/test_{part}.py" for part in parts)])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import pytest
 
 from refattn.attention.channel import efficient_channel
 from refattn.attention.spatial import non_local
+from refattn.attention.temporal import additive
 from refattn.core import leaves
-from refattn.primitives import layer_norm, rms_norm
+from refattn.primitives import alignment_score, layer_norm, rms_norm
 from refattn.registry import everything
 
 OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the authors' code
@@ -156,6 +157,30 @@ def test_spread_of_initial_weights(name):
     for path, inputs in fan_in.items():
         spread = drawn[path].std() * inputs**0.5
         assert 0.75 < spread < 1.25, f"{name}: {path} has a standard deviation of {spread:.3g} / sqrt({inputs})"
+
+
+def test_vectors_that_scores_are_summed_with_start_at_one_over_their_length():
+    rng = np.random.default_rng(0)
+    assert additive.init(rng, 3, 2, 25, normalize=True).g == 1 / 5
+    spread = alignment_score.init(rng, 2, 3, score="concat", hidden=400).v.std() * 20
+    assert 0.75 < spread < 1.25
+
+
+PARAMETERS = {  # how many numbers the published modules of 64 channels hold
+    "bam_channel": 64 * 4 + 4 + 2 * 4 + 4 * 64 + 64,
+    "bam_spatial": 64 * 4 + 4 + 2 * 4 + 2 * (4 * 4 * 9 + 4 + 2 * 4) + 4 + 1,
+    "cbam": 64 * 4 + 4 + 4 * 64 + 64 + 2 * 49 + 2,
+    "squeeze_excitation": 64 * 4 + 4 + 4 * 64 + 64,
+    "position": 2 * (64 * 8 + 8) + 64 * 64 + 64 + 1,
+    "non_local": 3 * (64 * 32 + 32) + 32 * 64 + 64 + 2 * 64,
+    "efficient_channel": 3,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_number_of_parameters(name):
+    drawn = everything()[name].init(np.random.default_rng(0), 64)
+    assert sum(x.size for _, x in leaves(drawn)) == PARAMETERS[name]
 
 
 def test_kernel_of_efficient_channel_attention():

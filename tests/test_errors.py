@@ -5,6 +5,7 @@ does not suit (then the next is tried).
 """
 
 import ast
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import refattn
 from refattn.core import Call, tree_map
 from refattn.draw import RandomDraw
-from refattn.primitives import conv, lstm_cell, rnn_cell
+from refattn.primitives import conv, embedding, layer_norm, lstm_cell, rnn_cell
 from refattn.registry import everything
 
 ROOT = Path(refattn.__file__).parent
@@ -367,7 +368,37 @@ def test_refused(name, how, words):
     call = change(name, how)
     with pytest.raises((ValueError, TypeError)) as caught:
         everything()[name].forward(*call.args, **call.options)
-    assert words in str(caught.value) and "expected" in str(caught.value), str(caught.value)
+    message = str(caught.value)
+    assert words in message and "expected" in message, message
+    assert re.match(rf"({'|'.join(everything())})\.\w+: ", message), f"{message} - whose argument?"
+
+
+INSIDE = [  # the last value that is still good, and what it is the same as
+    ("log_softmax", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
+    ("softmax", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
+    ("logsumexp", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
+]
+
+
+@pytest.mark.parametrize("name, options", INSIDE, ids=[name for name, _ in INSIDE])
+def test_the_last_good_value(name, options):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    a, b = (everything()[name].forward(x, **some)[0] for some in options(x))
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
+def test_layer_norm_over_everything(shape):
+    x, dy = np.random.default_rng(0).normal(size=(2, *shape))
+    (y, saved), (z, flat) = layer_norm.forward(x, axes=x.ndim), layer_norm.forward(x.reshape(1, -1))
+    dx, dz = layer_norm.backward(dy, saved)[0], layer_norm.backward(dy.reshape(1, -1), flat)[0]
+    assert np.allclose(y.ravel(), z[0], rtol=1e-14) and np.allclose(dx.ravel(), dz[0], rtol=1e-13)
+
+
+def test_the_first_id_may_be_padding():
+    table = np.random.default_rng(0).normal(size=(3, 2))
+    _, saved = embedding.forward(table, ids=np.array([0, 2]), padding_idx=0)
+    assert np.array_equal(embedding.backward(table[:2], saved)[0], [[0, 0], [0, 0], table[1]])
 
 
 def expect_sites():

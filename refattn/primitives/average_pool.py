@@ -24,7 +24,7 @@ import numpy as np
 
 from refattn.blocks import by_channels
 from refattn.core import About, Array, Call, Shaped, expect, shaped
-from refattn.windows import Windows, inside, pad, padded_space, pixels_seen, taps, windows
+from refattn.windows import Windows, inside, pad, padded_space, pixels_seen, taps_by_axis, windows
 
 
 class Saved(NamedTuple):
@@ -53,11 +53,10 @@ def forward(
 
 def _average(w, divisor, x, y):
     """Fill y."""
-    padded = pad(x, w)
-    y[:] = 0
-    for tap in taps(w):
-        y += padded[tap]
-    y /= divisor
+    total = pad(x, w)
+    for taps in taps_by_axis(w):
+        total = functools.reduce(np.add, (total[tap] for tap in taps))
+    np.divide(total, divisor, out=y)
 
 
 @shaped
@@ -71,9 +70,12 @@ def backward(dy: Shaped[Array, "N C *T"], saved: Saved) -> tuple[Shaped[Array, "
 def _pull_back(w, divisor, padded, dy):
     """Fill padded."""
     share = dy / divisor
-    padded[:] = 0
-    for tap in taps(w):
-        padded[tap] += share
+    for axis, taps in reversed([*enumerate(taps_by_axis(w), 2)]):
+        wider = np.zeros_like(share, shape=(*share.shape[:axis], padded.shape[axis], *share.shape[axis + 1 :]))
+        for tap in taps:
+            wider[tap] += share
+        share = wider
+    padded[:] = share
 
 
 def example(draw):

@@ -5,7 +5,8 @@ Shift and scale every item to mean 0 and variance 1 over its own last axes, then
 Paper: Ba, Kiros and Hinton, "Layer Normalization", 2016 (arXiv:1607.06450), section 3.
 
 Shapes
-    N items, *S any further axes. The last `axes` of them, *F, are normalised together; F numbers in all.
+    N items, *S any further axes. The last `axes` of them all, *F, are normalised together; F numbers in all.
+    With as many axes as x has, x is one item.
 
 Forward, with sums and means over *F
     mu   = 1/F sum x_f,   v = 1/F sum (x_f - mu)^2
@@ -37,7 +38,7 @@ class Params(NamedTuple):
 
 class Saved(NamedTuple):
     xhat: Shaped[Array, "N *S"]
-    inverse_std: Shaped[Array, "N *ones"]  # one per item: the normalised axes have length 1
+    inverse_std: Shaped[Array, "*ones"]  # one per item: the normalised axes have length 1
     params: Params | None
     axes: int
 
