@@ -32,7 +32,13 @@ from refattn.attention.channel import (
     squeeze_excitation,
 )
 from refattn.attention.mixed import bam, cbam, dual
-from refattn.attention.spatial import non_local, position
+from refattn.attention.spatial import (
+    context_feature_extraction,
+    non_local,
+    position,
+    pyramid_channel,
+    pyramid_spatial,
+)
 from refattn.core import leaves, tree_map
 from refattn.primitives import average_pool, batch_norm, bilinear_resize, conv, max_pool
 
@@ -159,6 +165,10 @@ def spatial_rows(rng, x):
     yield Row("position, 28x28", position, (small, lively(position.init(rng, C))), {}, torch_position)
     yield Row("channel self", channel_self, (x, lively(channel_self.init(rng))), {}, torch_channel_self)
     yield Row("dual head, 28x28", dual, (small, lively(dual.init(rng, C, 19))), {}, torch_dual)
+    context = context_feature_extraction.init(rng, C)
+    yield Row("PFANet context", context_feature_extraction, (x, context), {}, torch_context)
+    yield Row("PFANet channel", pyramid_channel, (x, squeeze_excitation.init(rng, C, 4)), {}, torch_excite)
+    yield Row("PFANet spatial", pyramid_spatial, (x, pyramid_spatial.init(rng, C)), {}, torch_pyramid_spatial)
 
 
 def lively(params):
@@ -210,6 +220,21 @@ def torch_dual(x, p):
     a, b = torch_block(attended, *p.position_out, padding=1), torch_block(mixed, *p.channel_out, padding=1)
     outs = F.conv2d(a + b, *p.classify_both), F.conv2d(a, *p.classify_position), F.conv2d(b, *p.classify_channel)
     return dual.Out(*outs)
+
+
+def torch_context(x, p):
+    dilations = 0, 3, 5, 7  # padding and dilation; the first kernel is one pixel
+    maps = [F.conv2d(x, *branch, padding=d, dilation=max(d, 1)) for d, branch in zip(dilations, p.branches)]
+    return F.relu(F.batch_norm(torch.cat(maps, 1), None, None, *p.norm, training=True, eps=1e-3))
+
+
+def torch_pyramid_spatial(x, p):
+    def unit(x, layer):
+        a = F.conv2d(x, *layer.conv, padding="same")
+        return F.relu(F.batch_norm(a, None, None, *layer.norm, training=True, eps=1e-3))
+
+    chains = [unit(unit(x, chain.first), chain.second) for chain in p]
+    return torch.sigmoid(sum(chains)).expand_as(x)
 
 
 def ours(row, dout):

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.core import About, Array, Call, Ints, Shaped, expect, shaped
 from refattn.elementwise import sigmoid
 from refattn.primitives import batch_norm, conv
 
@@ -45,6 +45,7 @@ class Params(NamedTuple):
 class Saved(NamedTuple):
     x: Shaped[Array, "N C H W"]
     gate: Shaped[Array, "N 1 H W"]
+    winner: Shaped[Ints, "N 1 H W"]  # the channel of the maximum, the first of equal ones
     conv: conv.Saved
     norm: batch_norm.Saved | None
     maps: tuple
@@ -68,46 +69,30 @@ def forward(
     expect(maps in (("max", "avg"), ("avg", "max")), f"{where} maps", maps, "('max', 'avg') or ('avg', 'max')")
     expect(all(k % 2 for k in kernel), f"{where} params.weight.shape", params.weight.shape, "odd K and L")
     expect(stats is None or params.norm is not None, f"{where} stats", stats, "None, as params.norm is")
-    q = np.concatenate([_pool(kind, x) for kind in maps], axis=1)
+    winner = x.real.argmax(axis=1)[:, None]
+    pools = {"max": np.take_along_axis(x, winner, axis=1), "avg": x.mean(axis=1, keepdims=True)}
+    q = np.concatenate([pools[kind] for kind in maps], axis=1)
     f, convolved = conv.forward(q, conv.Params(params.weight), padding=tuple(k // 2 for k in kernel))
     normed = None
     if params.norm is not None:
         f, normed = batch_norm.forward(f, params.norm, stats=stats)
     gate = sigmoid(f)
-    return x * gate, Saved(x, gate, convolved, normed, maps)
+    return x * gate, Saved(x, gate, winner, convolved, normed, maps)
 
 
 @shaped
 def backward(dy: Shaped[Array, "N C H W"], saved: Saved) -> tuple[Shaped[Array, "N C H W"], Params]:
-    x, gate, convolved, normed, maps = saved
+    x, gate, winner, convolved, normed, maps = saved
     dgate = np.einsum("nchw,nchw->nhw", dy, x)[:, None]
     df, dnorm = dgate * gate * (1 - gate), None
     if normed is not None:
         df, dnorm = batch_norm.backward(df, normed)
     dq, dconv = conv.backward(df, convolved)
+    dmax, davg = dq[:, [maps.index("max")]], dq[:, [maps.index("avg")]]
     dx = dy * gate
-    for m, kind in enumerate(maps):
-        dx += _pool_backward(kind, dq[:, [m]], x)
+    dx += davg / x.shape[1]
+    np.put_along_axis(dx, winner, np.take_along_axis(dx, winner, axis=1) + dmax, axis=1)
     return dx, Params(dconv.weight, dnorm)
-
-
-def _pool(kind, x):
-    """(N, C, H, W) to (N, 1, H, W)."""
-    return x.mean(axis=1, keepdims=True) if kind == "avg" else np.take_along_axis(x, _winner(x), axis=1)
-
-
-def _pool_backward(kind, dq, x):
-    """(N, 1, H, W) to (N, C, H, W), or to what broadcasts to it."""
-    if kind == "avg":
-        return dq / x.shape[1]
-    dx = np.zeros_like(x, dq.dtype, "C")
-    np.put_along_axis(dx, _winner(x), dq, axis=1)
-    return dx
-
-
-def _winner(x):
-    """The channel of the maximum of every pixel, the first of equal ones: (N, 1, H, W)."""
-    return x.real.argmax(axis=1)[:, None]
 
 
 def example(draw):
