@@ -72,6 +72,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "luong_chatbot": {"score": "general", "mask_padding": False},
     "rnn_search": {"gru": "paper"},
     "transformer_encoder_layer": {"norm_first": False, "activation": "relu", "is_causal": False, "eps": 1e-5},
+    "rotary": {"pairing": "interleaved"},
 }
 
 SIZES = {  # of init, as published

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import refattn
+from refattn.attention.dot_product import rotary
 from refattn.core import Call, tree_map
 from refattn.draw import RandomDraw
 from refattn.primitives import conv, embedding, layer_norm, lstm_cell, rnn_cell
@@ -334,6 +335,8 @@ BAD = [
         params(lambda p: p._replace(low=tree_map(lambda a: a.repeat(2, 0), p.low))),
         "expected as many outputs as params.high",
     ),
+    ("rotary", args(lambda x, cos, sin: (x[..., :1], cos, sin)), "cos.shape is"),
+    ("rotary", options(pairing="neox"), "pairing is 'neox', expected one of interleaved, half,"),
     # --- mixed
     ("bam", options(combine="max"), "combine is 'max', expected 'mul' or 'add'"),
     (
@@ -354,6 +357,14 @@ BAD = [
 ]
 
 
+HELPERS = [  # functions beside forward that are called for themselves: a bad call, and words of its error
+    (lambda: rotary.frequencies(3), "features is 3, expected a positive even int"),
+    (lambda: rotary.ntk(2, 8.0), "features is 2, expected more than 2"),
+    (lambda: rotary.yarn(8, 4.0, 2048, ramp="cubic"), "ramp is 'cubic', expected 'rounded', 'unrounded' or 'turns'"),
+    (lambda: rotary.yarn(8, 4.0, 2048, beta_slow=32.0), "beta_slow is 32.0, expected less than beta_fast = 32.0"),
+]
+
+
 def change(name, how):
     """The first drawn call of a mechanism that the row suits, changed."""
     for seed in SEEDS:
@@ -368,6 +379,15 @@ def test_refused(name, how, words):
     call = change(name, how)
     with pytest.raises((ValueError, TypeError)) as caught:
         everything()[name].forward(*call.args, **call.options)
+    message = str(caught.value)
+    assert words in message and "expected" in message, message
+    assert re.match(rf"({'|'.join(everything())})\.\w+: ", message), f"{message} - whose argument?"
+
+
+@pytest.mark.parametrize(("run", "words"), HELPERS, ids=[words for _, words in HELPERS])
+def test_helpers_refuse(run, words):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        run()
     message = str(caught.value)
     assert words in message and "expected" in message, message
     assert re.match(rf"({'|'.join(everything())})\.\w+: ", message), f"{message} - whose argument?"
@@ -410,11 +430,15 @@ def expect_sites():
                 yield str(path), node.lineno, node.end_lineno
 
 
-def fired(name, how):
-    """The file and line of the `expect` that a row sets off."""
+def forward(name, how):
     call = change(name, how)
+    return lambda: everything()[name].forward(*call.args, **call.options)
+
+
+def fired(run):
+    """The file and line of the `expect` that a bad call sets off."""
     try:
-        everything()[name].forward(*call.args, **call.options)
+        run()
     except (ValueError, TypeError) as error:
         frames, frame = [], error.__traceback__
         while frame is not None:
@@ -426,7 +450,8 @@ def fired(name, how):
 
 
 def test_every_check_is_reached():
-    lines = {line for line in (fired(name, how) for name, how, _ in BAD) if line}
+    bad = [forward(name, how) for name, how, _ in BAD] + [run for run, _ in HELPERS]
+    lines = {line for line in map(fired, bad) if line}
     silent = [
         f"{Path(path).name}:{start}"
         for path, start, end in expect_sites()
