@@ -1,0 +1,183 @@
+"""Position encodings: how they reduce to plain attention, to one another, and to what frameworks compute."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from refattn.attention.dot_product import rotary
+
+
+@pytest.fixture(params=range(3), ids="seed{}".format)
+def rng(request):
+    return np.random.default_rng(request.param)
+
+
+def close(a, b, tolerance=1e-12):
+    assert np.shape(a) == np.shape(b)
+    assert np.abs(a - b).max(initial=0) <= tolerance * (1 + np.abs(b).max(initial=0))
+
+
+# --- rotary -------------------------------------------------------------------------------------------------
+
+
+def rotated(x, positions, frequencies, pairing="interleaved"):
+    cos, sin = rotary.tables(np.broadcast_to(positions, (len(x), x.shape[-2])), frequencies)
+    return rotary.forward(x, cos, sin, pairing=pairing)[0]
+
+
+@pytest.mark.parametrize("pairing", rotary.PAIRINGS)
+@pytest.mark.parametrize(
+    "frequencies",
+    [
+        rotary.frequencies(8),
+        rotary.frequencies(6, base=100.0),
+        rotary.linear(8, 4.0),
+        rotary.ntk(8, 4.0),
+        rotary.yarn(8, 4.0, 64),
+        rotary.llama3(8, 8.0, 64),
+    ],
+    ids=["plain", "partial", "linear", "ntk", "yarn", "llama3"],
+)
+def test_rotary_scores_see_differences_of_positions_only(rng, pairing, frequencies):
+    q, k = rng.normal(size=(2, 3, 5, 8)), rng.normal(size=(2, 3, 4, 8))
+    at_q, at_k = rng.integers(0, 100, 5), rng.integers(0, 100, 4)
+    scores = [
+        rotated(q, at_q + shift, frequencies, pairing) @ rotated(k, at_k + shift, frequencies, pairing).swapaxes(-1, -2)
+        for shift in (0, 17)
+    ]
+    close(*scores)
+    plain = rotated(q, at_q, frequencies) @ rotated(k, at_k, frequencies).swapaxes(-1, -2)
+    if pairing == "interleaved_to_half":
+        close(scores[0], plain)  # both sides in the same, other order
+    close(rotated(q, 0 * at_q, frequencies, "half"), q)
+
+
+@pytest.mark.parametrize("rotary_dim", [8, 6, 0])
+def test_pairings_are_permutations_of_one_another(rng, rotary_dim):
+    x, dy = rng.normal(size=(2, 2, 3, 5, 8))
+    cos, sin = rng.normal(size=(2, 2, 5, rotary_dim // 2))
+    order = np.array([*range(0, rotary_dim, 2), *range(1, rotary_dim, 2), *range(rotary_dim, 8)])
+    y, saved = rotary.forward(x, cos, sin)
+    half, saved_half = rotary.forward(x[..., order], cos, sin, pairing="half")
+    third, saved_third = rotary.forward(x, cos, sin, pairing="interleaved_to_half")
+    close(y[..., order], half)
+    close(third, half)
+    dx, dcos, dsin = rotary.backward(dy, saved)
+    of_half, of_third = (rotary.backward(dy[..., order], s) for s in (saved_half, saved_third))
+    for got, expected in zip((*of_half, *of_third), (dx[..., order], dcos, dsin, dx, dcos, dsin)):
+        close(got, expected)
+
+
+def test_rotations_keep_norms_and_are_undone_by_their_gradient(rng):
+    x, (cos, sin) = rng.normal(size=(1, 2, 5, 8)), rotary.tables(np.arange(5)[None], rotary.frequencies(8))
+    y, saved = rotary.forward(x, cos, sin)
+    close((y * y).sum(axis=-1), (x * x).sum(axis=-1))
+    close(rotary.backward(y, saved)[0], x)
+    close(rotary.forward(y, cos, -sin)[0], x)
+
+
+def test_tables_keep_the_precision_of_frequencies():
+    single = rotary.tables(np.array([[0, 100_000]]), rotary.frequencies(4).astype(np.float32), 0.5)
+    assert all(t.dtype == np.float32 and t.shape == (1, 2, 2) for t in single)
+    assert single[0][0, 0, 0] == 0.5 and single[0][0, 1, 0] == np.float32(math.cos(100_000) / 2)
+
+
+def test_frequencies():
+    close(rotary.frequencies(4), [1, 1 / 100])
+    close(rotary.frequencies(6, 8.0), [1, 1 / 2, 1 / 4])
+    close(rotary.linear(4, 2.0), [1 / 2, 1 / 200])
+    theta, stretched = rotary.frequencies(8), rotary.ntk(8, 4.0)
+    close(stretched[0], theta[0])
+    close(stretched[-1], theta[-1] / 4)
+
+
+def llama3_by_wavelength(theta, factor, length, low, high):
+    """The published rule, one frequency at a time."""
+    wave = 2 * math.pi / theta
+    if wave < length / high:
+        return theta
+    if wave > length / low:
+        return theta / factor
+    smooth = (length / wave - low) / (high - low)
+    return (1 - smooth) * theta / factor + smooth * theta
+
+
+def test_llama3():
+    got, theta = rotary.llama3(128, 8.0, 8192), rotary.frequencies(128, 500000.0)
+    close(got, np.array([llama3_by_wavelength(t, 8, 8192, 1, 4) for t in theta]))
+    assert got[0] == theta[0] and got[-1] == theta[-1] / 8 and len(set(np.round(theta / got, 9))) > 3
+
+
+def test_yarn():
+    """DeepSeek-V3's ramp runs from pair 10 to pair 23."""
+    got, theta = rotary.yarn(64, 40.0, 4096), rotary.frequencies(64)
+    share = (theta - got) / (theta - theta / 40)
+    close(share, np.clip((np.arange(32) - 10) / 13, 0, 1))
+    unrounded = rotary.yarn(64, 40.0, 4096, ramp="unrounded")
+    kept = np.flatnonzero(unrounded == theta)
+    assert kept[-1] == 10 and np.flatnonzero(unrounded == theta / 40)[0] == 23
+    assert not np.allclose(unrounded[11:23], got[11:23], rtol=1e-3)
+    turns = 4096 * theta / (2 * math.pi)
+    by_turns = rotary.yarn(64, 40.0, 4096, ramp="turns")
+    close((by_turns - theta / 40) / (theta - theta / 40), np.clip((turns - 1) / 31, 0, 1), 1e-11)
+    close(rotary.yarn(64, 1.0, 4096), theta)
+
+
+def test_a_ramp_without_length_is_a_step():
+    """With a huge base the two ends are rounded to the same pair."""
+    theta = rotary.frequencies(4, 1e30)
+    got = rotary.yarn(4, 2.0, 1, 1e30)
+    assert set(np.round(theta / got, 9)) <= {1.0, 2.0}
+
+
+def test_attention_factor():
+    assert rotary.attention_factor(0.5) == rotary.attention_factor(1) == 1
+    close(rotary.attention_factor(40.0), 0.1 * math.log(40) + 1)
+    close(rotary.attention_factor(math.e, 0.707), 1.0707)
+
+
+ONNX = {  # names of ONNX's own cases, and what their node says
+    "": {},
+    "_3d_input": {},
+    "_interleaved": {"interleaved": 1},
+    "_with_rotary_dim": {"rotary_embedding_dim": 4},
+    "_with_interleaved_rotary_dim": {"rotary_embedding_dim": 4, "interleaved": 1},
+    "_no_position_ids": {},
+    "_no_position_ids_interleaved": {"interleaved": 1},
+    "_no_position_ids_rotary_dim": {"rotary_embedding_dim": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def onnx_cases():
+    node = pytest.importorskip("onnx.backend.test.case.node", reason="onnx is not installed: pip install onnx")
+    with warnings.catch_warnings():  # it makes the cases of all operators at once
+        warnings.simplefilter("ignore")
+        cases = node.collect_testcases("RotaryEmbedding")
+    return {case.name: case for case in cases if not case.name.endswith("expanded")}
+
+
+@pytest.mark.frameworks
+def test_no_case_of_onnx_is_left_out(onnx_cases):
+    assert set(onnx_cases) == {"test_rotary_embedding" + name for name in ONNX}
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("name", ONNX)
+def test_rotary_embedding_of_onnx(onnx_cases, name):
+    case = onnx_cases["test_rotary_embedding" + name]
+    (node,) = case.model.graph.node
+    attributes = {a.name: a.i for a in node.attribute}
+    ((x, cos, sin, *positions), (expected,)) = case.data_sets[0]
+    assert {**attributes, **ONNX[name]} == attributes and bool(positions) == ("no_position_ids" not in name)
+    if positions:
+        cos, sin = cos[positions[0]], sin[positions[0]]
+    if x.ndim == 3:
+        x = x.reshape(*x.shape[:2], attributes["num_heads"], -1).swapaxes(1, 2)
+    pairing = "interleaved" if attributes.get("interleaved") else "half"
+    y, _ = rotary.forward(x, cos, sin, pairing=pairing)
+    if expected.ndim == 3:
+        y = y.swapaxes(1, 2).reshape(expected.shape)
+    assert np.abs(y - expected).max() <= 1e-6
