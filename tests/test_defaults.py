@@ -73,6 +73,8 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "rnn_search": {"gru": "paper"},
     "transformer_encoder_layer": {"norm_first": False, "activation": "relu", "is_causal": False, "eps": 1e-5},
     "rotary": {"pairing": "interleaved"},
+    "alibi": {"offset": 0, "form": "distance"},
+    "t5_bias": {"offset": 0, "bidirectional": True, "max_distance": 128},
 }
 
 SIZES = {  # of init, as published

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import refattn
-from refattn.attention.dot_product import rotary
+from refattn.attention.dot_product import alibi, rotary
 from refattn.core import Call, tree_map
 from refattn.draw import RandomDraw
 from refattn.primitives import conv, embedding, layer_norm, lstm_cell, rnn_cell
@@ -337,6 +337,15 @@ BAD = [
     ),
     ("rotary", args(lambda x, cos, sin: (x[..., :1], cos, sin)), "cos.shape is"),
     ("rotary", options(pairing="neox"), "pairing is 'neox', expected one of interleaved, half,"),
+    ("alibi", options(queries=-1, keys=2, offset=0), "queries, keys, offset is (-1, 2, 0), expected ints"),
+    ("alibi", options(queries=2, keys=2, offset=0.5), "queries, keys, offset is (2, 2, 0.5), expected ints"),
+    ("alibi", options(form="absolute"), "form is 'absolute', expected one of distance, relative,"),
+    ("t5_bias", options(queries=1, keys=2.0, offset=0), "queries, keys, offset is (1, 2.0, 0), expected ints"),
+    ("t5_bias", args(lambda table: (table[:3],), given("bidirectional", True)), "N of table is 3, expected an even"),
+    ("t5_bias", args(lambda table: (table[:1],), given("bidirectional", False)), "N of table is 1, expected 2 or more"),
+    ("t5_bias", options(max_distance=0), "max_distance is 0, expected more than"),
+    ("swin_bias", options(window=0), "window is 0, expected an int of at least 1"),
+    ("swin_bias", options(window=(5, 6)), "expected 99 rows, from window (5, 6)"),
     # --- mixed
     ("bam", options(combine="max"), "combine is 'max', expected 'mul' or 'add'"),
     (
@@ -358,6 +367,7 @@ BAD = [
 
 
 HELPERS = [  # functions beside forward that are called for themselves: a bad call, and words of its error
+    (lambda: alibi.slopes(0), "heads is 0, expected a positive int"),
     (lambda: rotary.frequencies(3), "features is 3, expected a positive even int"),
     (lambda: rotary.ntk(2, 8.0), "features is 2, expected more than 2"),
     (lambda: rotary.yarn(8, 4.0, 2048, ramp="cubic"), "ramp is 'cubic', expected 'rounded', 'unrounded' or 'turns'"),

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from refattn.attention.dot_product import rotary
+from refattn.attention.dot_product import alibi, rotary, swin_bias, t5_bias
 
 
 @pytest.fixture(params=range(3), ids="seed{}".format)
@@ -181,3 +181,92 @@ def test_rotary_embedding_of_onnx(onnx_cases, name):
     if expected.ndim == 3:
         y = y.swapaxes(1, 2).reshape(expected.shape)
     assert np.abs(y - expected).max() <= 1e-6
+
+
+# --- biases -------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, bias, mask):
+    """Scaled dot-product attention with a bias, as everybody knows it."""
+    scores = np.where(mask, q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) + bias, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def test_slopes():
+    assert list(alibi.slopes(8)) == [2.0**-h for h in range(1, 9)]
+    assert list(alibi.slopes(1)) == [2.0**-8] and list(alibi.slopes(4)) == [1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    assert list(alibi.slopes(6)) == [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]
+    assert list(alibi.slopes(12)) == [2.0**-h for h in range(1, 9)] + [2.0**-h for h in (0.5, 1.5, 2.5, 3.5)]
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_the_forms_of_alibi_are_one_under_a_causal_mask(rng, offset):
+    queries, keys, slopes = 4, 4 + offset, rng.random(3)
+    q, k = rng.normal(size=(3, queries, 5)), rng.normal(size=(3, keys, 5))
+    biases = [
+        alibi.forward(slopes, queries=queries, keys=keys, offset=offset, form=form)[0]
+        for form in ("distance", "relative", "key_position")
+    ]
+    biases.append(slopes[:, None, None] * (np.arange(keys) - (keys - 1)))  # MPT
+    past = np.tri(queries, keys, offset, bool)
+    weights = [attention(q, k, bias, past) for bias in biases]
+    for other in weights[1:]:
+        close(other, weights[0])
+    close(np.where(past, biases[0], 0), np.where(past, biases[1], 0))
+    assert not np.allclose(*(attention(q, k, bias, True) for bias in biases[:2]))
+
+
+def torch_bucket(torch, relative, bidirectional, buckets, distance):
+    """Restated from the formula, with the logarithms of torch."""
+    result = torch.zeros_like(relative)
+    if bidirectional:
+        buckets //= 2
+        result = result + buckets * (relative > 0).long()
+        relative = relative.abs()
+    else:
+        relative = (-relative).clamp(min=0)
+    exact = buckets // 2
+    far = torch.log(relative.double().clamp(min=1) / exact) / math.log(distance / exact) * (buckets - exact)
+    far = (exact + (far + 1e-9).long()).clamp(max=buckets - 1)
+    return result + torch.where(relative < exact, relative, far)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets, distance", [(32, 128), (32, 20), (8, 100), (6, 11)])
+def test_buckets_of_t5_in_torch(bidirectional, buckets, distance):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    table = np.arange(buckets, dtype=float)[:, None]
+    options = {"bidirectional": bidirectional, "max_distance": distance}
+    bias, _ = t5_bias.forward(table, queries=1, keys=401, offset=200, **options)
+    assert bias.shape == (1, 1, 401)
+    assert list(bias[0, 0]) == torch_bucket(torch, torch.arange(-200, 201), bidirectional, buckets, distance).tolist()
+
+
+def test_buckets_of_t5():
+    """32 buckets to 128: the first distance of each, worked out by hand from 8 * 2^(k/2), or 16 * 8^(k/16)."""
+    table = np.arange(32.0)[:, None]
+    after, _ = t5_bias.forward(table, queries=1, keys=300)
+    assert list(after[0, 0, :8]) == [0, *range(17, 24)]
+    edges = [8, 12, 16, 23, 32, 46, 64, 91]
+    assert [np.flatnonzero(after[0, 0] == 24 + k)[0] for k in range(8)] == edges and after[0, 0, -1] == 31
+    before, _ = t5_bias.forward(table, queries=300, keys=1)
+    assert list(before[0, :, 0][[0, *edges, 299]]) == [0, *range(8, 16), 15]
+    causal, _ = t5_bias.forward(table, queries=300, keys=2, bidirectional=False)
+    assert causal[0, 0, 1] == causal[0, 0, 0] == 0
+    first = [np.flatnonzero(causal[0, :, 0] == b)[0] for b in range(32)]
+    assert first == [*range(16), *(math.ceil(16 * 8 ** (k / 16) - 1e-9) for k in range(16))]
+
+
+def test_swin_bias_is_the_table_turned_around_the_query():
+    """Seen from the last pixel of a window, the table's beginning runs backwards; from the first, its end does."""
+    m, w = 2, 3
+    table = np.random.default_rng(0).normal(size=((2 * m - 1) * (2 * w - 1), 2))
+    bias, _ = swin_bias.forward(table, window=(m, w))
+    grid = table.reshape(2 * m - 1, 2 * w - 1, 2)
+    close(bias[:, -1].T.reshape(m, w, 2), grid[m - 1 :, w - 1 :][::-1, ::-1])
+    close(bias[:, 0].T.reshape(m, w, 2), grid[:m, :w][::-1, ::-1])
+    close(bias[:, range(m * w), range(m * w)], np.repeat(grid[m - 1, w - 1][:, None], m * w, axis=1))
+    one_row, _ = swin_bias.forward(table[5:10], window=(1, 3))
+    close(one_row, bias[:, :3, :3])
