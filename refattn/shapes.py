@@ -37,8 +37,8 @@ def expect(holds, what, value, expected):
 def shaped(function):
     """Check arguments and result against the function's own Shaped[Array, "N C ..."] hints, before any work.
 
-    A letter names a length and means the same length throughout one call; a number means itself; "*S" (or
-    "...") stands for any number of axes. The letters of another file's Params or Saved are its own, unless
+    A letter names a length and means the same length throughout one call; a number means itself; "B?" is as
+    long as B or 1; "*S" (or "...") stands for any number of axes. The letters of another file's Params or Saved are its own, unless
     tied to ours: Shaped[linear.Params, "I=C O=R"].
     """
     hints = get_type_hints(function, include_extras=True)
@@ -111,8 +111,8 @@ class _Unifier:
         self.precision = None  # (dtype, the argument that fixed it)
 
     def unify(self, name, value, hint, rename=None):
-        form, content, axes, optional = _plan(hint)
-        if form is None or (value is None and optional):
+        form, content, axes, others = _plan(hint, hasattr(value, "_fields"), getattr(value, "ndim", None))
+        if form is None or isinstance(value, others):
             return
         if form == "array":
             self._array(name, value, content, axes, rename or (lambda letter: letter))
@@ -161,11 +161,15 @@ class _Unifier:
             shape = (*shape[:i], shape[i : i + spread], *shape[i + spread :])
         fits = len(shape) == len(axes)
         for axis, length in zip(axes, shape, strict=False) if fits else ():
+            if axis.endswith("?"):  # stretched, or as long as what is known by now
+                fits &= length in (1, self.lengths[rename(axis[:-1])][0])
+                continue
             known = int(axis) if axis.isdigit() else self.lengths.setdefault(rename(axis), (length, name))[0]
             fits &= known == length
         if not fits:
             flat = sum((a if isinstance(a, tuple) else (a,) for a in shape), ())
-            facts = {a: self.lengths[rename(a)] for a in axes if not a.isdigit() and rename(a) in self.lengths}
+            letters = [a.rstrip("?") for a in axes]
+            facts = {a: self.lengths[rename(a)] for a in letters if not a.isdigit() and rename(a) in self.lengths}
             facts = [f"{a.lstrip('*')} = {length} from {by}" for a, (length, by) in facts.items() if by != name]
             story = f"{self.where}: {name} has shape {flat}, expected {_spell(axes)}"
             raise ShapeError("; ".join([story, *([", ".join(facts)] if facts else [])]))
@@ -187,21 +191,32 @@ def _hints_of(named_tuple):
 
 
 @functools.cache
-def _plan(hint):
-    """(form, content, axes, whether None may stand in its place) of a hint; form is None if it speaks of no shapes."""
+def _plan(hint, named, ndim):
+    """(form, content, axes, other types that may stand in its place) of a hint; form is None if it speaks of no shapes.
+
+    Of alternatives it is the NamedTuple for a value that is one (`named`), else the array that has `ndim` axes.
+    """
     alternatives = get_args(hint) if get_origin(hint) not in (tuple, Shaped) else ()
-    optional = type(None) in alternatives
-    hint = next(filter(_carries_shape, alternatives or (hint,)), None)
-    if hint is None:
-        return None, None, None, optional
+    others = tuple(h for h in alternatives if isinstance(h, type) and not _carries_shape(h))
+    spoken = [h for h in alternatives or (hint,) if _carries_shape(h)]
+    if not spoken:
+        return None, None, None, others
+    same_kind = [h for h in spoken if hasattr(h, "_fields") == named] or spoken
+    hint = next((h for h in same_kind if _counts(h, ndim)), same_kind[0])
     if get_origin(hint) is tuple:
-        return "tuple", get_args(hint), None, optional
+        return "tuple", get_args(hint), None, others
     if get_origin(hint) is not Shaped:
-        return "fields", hint, None, optional
+        return "fields", hint, None, others
     content, axes = get_args(hint)
     if content in KINDS:
-        return "array", content, tuple(axes.split()), optional
-    return "tied", content, dict(tie.split("=") for tie in axes.split()), optional
+        return "array", content, tuple(axes.split()), others
+    return "tied", content, dict(tie.split("=") for tie in axes.split()), others
+
+
+def _counts(hint, ndim):
+    """Whether a hint of an array has `ndim` axes, or any number."""
+    axes = get_args(hint)[1].split() if get_origin(hint) is Shaped else ()
+    return len(axes) == ndim or bool(_stars(tuple(axes)))
 
 
 @functools.cache
@@ -212,7 +227,7 @@ def _carries_shape(hint):
 
 
 def _spell(axes):
-    return f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
+    return f"({', '.join(a.replace('?', ' or 1') for a in axes)}{',' if len(axes) == 1 else ''})"
 
 
 def _kind(value):

@@ -238,7 +238,11 @@ def batch(mechanism, call, pick):
     if letter is None or letter[0] in "*." or letter.isdigit():
         return None
 
-    return _arrays(mechanism, call, lambda x, axes: pick(x) if axes[:1] == [letter] else x)
+    def change(x, axes):
+        stretched = axes[:1] == [f"{letter}?"] and len(x) == 1
+        return pick(x) if axes[:1] in ([letter], [f"{letter}?"]) and not stretched else x
+
+    return _arrays(mechanism, call, change)
 
 
 def _arrays(mechanism, call, change):
@@ -252,18 +256,18 @@ def _arrays(mechanism, call, change):
         if isinstance(value, tuple) and hasattr(hint, "_fields"):
             fields = getattr(hint, "__origin__", hint).__annotations__  # of Shaped[linear.Params, "I=C"]: linear.Params
             return type(value)(*(walk(v, fields[f]) for f, v in zip(value._fields, value, strict=True)))
-        return change(value, _axes(hint)) if isinstance(value, np.ndarray) else value
+        return change(value, _axes(hint, value.ndim)) if isinstance(value, np.ndarray) else value
 
     args = tuple(walk(value, hints.get(name)) for name, value in zip(hints, call.args, strict=False))
     return Call(args, {name: walk(value, hints.get(name)) for name, value in call.options.items()})
 
 
-def _axes(hint):
-    """["N", "C"] of Shaped[Array, "N C"], optional or not; [] of any other hint."""
-    for h in (hint, *getattr(hint, "__args__", ())):
-        if hasattr(h, "__metadata__") and "=" not in h.__metadata__[0]:
-            return h.__metadata__[0].split()
-    return []
+def _axes(hint, ndim=None):
+    """["N", "C"] of Shaped[Array, "N C"], optional or not; of several the one with `ndim` axes; [] of any other hint."""
+    spoken = [h.__metadata__[0] for h in (hint, *getattr(hint, "__args__", ())) if hasattr(h, "__metadata__")]
+    found = [axes.split() for axes in spoken if "=" not in axes]
+    fitting = [axes for axes in found if len(axes) == ndim] + [axes for axes in found if axes[0][0] in "*."] + found
+    return next(iter(fitting), [])
 
 
 UNIVERSAL = (
