@@ -38,8 +38,8 @@ def shaped(function):
     """Check arguments and result against the function's own Shaped[Array, "N C ..."] hints, before any work.
 
     A letter names a length and means the same length throughout one call; a number means itself; "B?" is as
-    long as B or 1; "*S" (or "...") stands for any number of axes. The letters of another file's Params or Saved are its own, unless
-    tied to ours: Shaped[linear.Params, "I=C O=R"].
+    long as B or 1; "*S" (or "...") stands for any number of axes. The letters of another file's Params or Saved
+    are its own, unless tied to ours: Shaped[linear.Params, "I=C O=R"].
     """
     hints = get_type_hints(function, include_extras=True)
     result_hint = hints.pop("return", None)

@@ -46,6 +46,16 @@ def ids(i: Shaped[Ints, "N 2"], layers: tuple[Params, ...] = ()) -> Shaped[Array
 
 
 @shaped
+def stretched(x: Shaped[Array, "N C"], y: Shaped[Array, "N? C?"] | Shaped[Array, "C"] | int | str):
+    return None
+
+
+@shaped
+def either(x: Shaped[Array, "N C"] | Params):
+    return None
+
+
+@shaped
 def pair(x: Shaped[Array, "N R"]) -> tuple[Two, Shaped[Array, ""]]:
     return Two(x, x[:, 0]), x[0, 0]
 
@@ -64,9 +74,24 @@ GOOD = [
     lambda: chained(z(2, 3), z(9), Chain(linear.Params(z(5, 3)), linear.Params(z(4, 5)))),
     lambda: ids(z(3, 2, dtype=int), (Params(z(4, 3)), Params(z(4, 3)))),
     lambda: pair(z(2, 3)),
+    lambda: stretched(z(2, 3), z(1, 3)),
+    lambda: stretched(z(2, 3), z(2, 1)),
+    lambda: stretched(z(2, 3), z(3)),
+    lambda: stretched(z(2, 3), 4),
+    lambda: stretched(z(2, 3), "all"),
+    lambda: either(z(2, 3)),
+    lambda: either(Params(z(2, 3))),
 ]
 
 BAD = [
+    (
+        lambda: stretched(z(2, 3), z(3, 1)),
+        ShapeError,
+        "test_shapes.stretched: y has shape (3, 1), expected (N or 1, C or 1); N = 2 from x, C = 3 from x",
+    ),
+    (lambda: stretched(z(2, 3), z(2)), ShapeError, "test_shapes.stretched: y has shape (2,), expected (C,); C = 3"),
+    (lambda: stretched(z(2, 3), 0.5), DtypeError, "test_shapes.stretched: y is a float, expected an array of"),
+    (lambda: either((z(2, 3),)), DtypeError, "test_shapes.either: x is a tuple, expected an array of"),
     (lambda: gate(z(2), Params(z(4, 3))), ShapeError, "test_shapes.gate: x has shape (2,), expected (N, C, *S)"),
     (
         lambda: gate(z(2, 3), Params(z(4, 5))),

@@ -141,7 +141,7 @@ def forward(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     return_scores: str | None = None,
-    convention: Convention = Convention(),
+    convention: Convention | None = None,
 ) -> tuple[Shaped[Array, "B H Q E"] | Out, Saved]:
     where = "dot_product_attention.forward:"
     rules = settle(
@@ -150,7 +150,7 @@ def forward(
     )
     expect(return_scores in (None, *STAGES), f"{where} return_scores", return_scores, f"None or one of {STAGES}")
     heads, i, j = q.shape[1], np.arange(q.shape[2]), np.arange(k.shape[2])
-    order = convention.gqa_order
+    order = rules.convention.gqa_order
     seen = visible(rules, dense(attn_mask, q, k), i, j)
     seen = None if seen is None else np.broadcast_to(seen, (len(q), heads, len(i), len(j)))
     logits, stages, uncapped = scores(q, for_heads(k, heads, order), attn_bias, seen, rules)
@@ -307,7 +307,7 @@ def only_real(x, i, rules, padding):
 
 
 def weigh(weights, v, seen, rules):
-    """sum_j weights_ij v_j; under masked_values="skip" the sum over what takes part, so that NaN in the rest is lost."""
+    """sum_j weights_ij v_j; under masked_values="skip" over what takes part, so that NaN in the rest is lost."""
     if rules.convention.masked_values == "multiply" or seen is None:
         return weights @ v
     weights = np.where(seen, weights, 0)
@@ -358,7 +358,7 @@ def settle(
     where, q, k, v, bias, mask, keep, dropout_p, scale, is_causal, q_offset, window, softcap, q_seqlens, kv_seqlens, say
 ):
     """Rules from the options of a call, `say` being the convention; every bad one raises an error that names it."""
-    batch, heads, queries, features = q.shape
+    say, (batch, heads, queries, features) = say or Convention(), q.shape
     keys, full = k.shape[2], (batch, heads, queries, k.shape[2])
     expect(isinstance(say, Convention), f"{where} convention", say, "a dot_product_attention.Convention")
     for name, choices in CHOICES.items():
