@@ -153,6 +153,9 @@ BAD = [
     ("rms_norm", args(lambda x, p: (x[..., :0], None)), "x.shape is"),
     ("rms_norm", options(eps=-1.0), "eps is -1.0, expected more than 0"),
     ("softmax", options(axis=3), "axis is 3, expected an axis of an array of shape"),
+    ("softmax_plus_one", options(axis=3), "axis is 3, expected an axis of an array of shape"),
+    ("sparsemax", options(axis=3), "axis is 3, expected an axis of an array of shape"),
+    ("entmax", options(axis=3), "axis is 3, expected an axis of an array of shape"),
     # --- channel
     ("bam_channel", options(pool="circle"), "pool is 'circle', expected 'square' or 'global'"),
     (
@@ -406,6 +409,9 @@ def test_helpers_refuse(run, words):
 INSIDE = [  # the last value that is still good, and what it is the same as
     ("log_softmax", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
     ("softmax", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
+    ("softmax_plus_one", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
+    ("sparsemax", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
+    ("entmax", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
     ("logsumexp", lambda s: ({"axis": -s.ndim}, {"axis": 0})),
 ]
 

@@ -1,0 +1,197 @@
+"""What turns scores into weights: how the normalisers relate, what each of them solves, and what they never read."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from refattn.primitives import entmax, softmax, softmax_plus_one, sparsemax
+from tests.test_relations import run, same
+
+NAN, INF = np.nan, np.inf
+
+
+@pytest.fixture(params=range(3), ids="seed{}".format)
+def rng(request):
+    return np.random.default_rng(request.param)
+
+
+def scores(rng, *shape):
+    return rng.normal(size=shape or (3, 5)) * 1.5
+
+
+# --- what all have in common ---------------------------------------------------------------------------------
+
+NORMALISERS = [
+    pytest.param(softmax, {}, id="softmax"),
+    pytest.param(softmax_plus_one, {}, id="softmax_plus_one"),
+    pytest.param(sparsemax, {}, id="sparsemax"),
+    pytest.param(entmax, {}, id="entmax"),
+]
+ON_THE_SIMPLEX = [n for n in NORMALISERS if n.id != "softmax_plus_one"]
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+def test_what_is_masked_is_never_read(rng, module, options):
+    s, mask = scores(rng), rng.random((3, 5)) < 0.6
+    spoilt = np.where(mask, s, rng.choice([NAN, INF, -INF], s.shape))
+    p, (ds,) = run(module, s, mask=mask, **options)
+    same((p, ds), (run(module, spoilt, mask=mask, **options)[0], run(module, spoilt, mask=mask, **options)[1][0]))
+    assert (p[~mask] == 0).all() and (ds[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+def test_masked_is_absent(rng, module, options):
+    s, mask = scores(rng), np.ones((3, 5), bool)
+    mask[:, 2] = False
+    dout = rng.normal(size=(3, 5))
+    p, (ds,) = run(module, s, mask=mask, dout=dout, **options)
+    q, (dt,) = run(module, np.delete(s, 2, 1), dout=np.delete(dout, 2, 1), **options)
+    same((np.delete(p, 2, 1), np.delete(ds, 2, 1)), (q, dt), tolerance=1e-15)
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+def test_nothing_allowed(module, options):
+    s = np.array([[1.0, 2.0], [-INF, -INF], [NAN, INF]])
+    p, (ds,) = run(module, s, mask=np.array([[False, False], [True, True], [False, False]]), **options)
+    assert (p == 0).all() and (ds == 0).all()
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+def test_a_score_of_minus_infinity_is_as_good_as_masked(rng, module, options):
+    s, mask = scores(rng), rng.random((3, 5)) < 0.6
+    same(run(module, np.where(mask, s, -INF), **options), run(module, s, mask=mask, **options))
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+@pytest.mark.parametrize("kind", [float, complex])
+def test_nan_is_not_hidden(module, options, kind):
+    with np.errstate(invalid="ignore"):
+        p, _ = module.forward(np.array([[0.5, NAN, 1.0], [0.5, 0.0, 1.0]], kind), **options)
+    assert np.isnan(p[0, 1]) and np.isfinite(p[1]).all()
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+def test_no_scores_at_all(module, options):
+    p, (ds,) = run(module, np.zeros((2, 0)), **options)
+    assert p.shape == ds.shape == (2, 0)
+
+
+@pytest.mark.parametrize("module, options", ON_THE_SIMPLEX)
+def test_on_the_simplex_wherever_the_scores_are(rng, module, options):
+    s = scores(rng) * 10.0 ** rng.integers(-3, 4, size=(3, 1))
+    p, (ds,) = run(module, s, **options)
+    assert (p >= 0).all() and np.abs(p.sum(axis=-1) - 1).max() < 1e-14
+    same(ds.sum(axis=-1), np.zeros(3))
+    same((p, ds), (run(module, s + 1024, **options)[0], run(module, s + 1024, **options)[1][0]), tolerance=1e-11)
+
+
+# --- softmax with one more term ------------------------------------------------------------------------------
+
+
+def test_one_more_is_a_zero_that_is_dropped(rng):
+    s, dout = scores(rng), rng.normal(size=(3, 5))
+    wide, (dwide,) = run(softmax, np.pad(s, [(0, 0), (0, 1)]), dout=np.pad(dout, [(0, 0), (0, 1)]))
+    same((wide[:, :5], dwide[:, :5]), (lambda p, ds: (p, *ds))(*run(softmax_plus_one, s, dout=dout)))
+
+
+def test_one_more_does_not_count_beside_large_scores(rng):
+    s = scores(rng)
+    same(run(softmax_plus_one, s + 100.0), run(softmax, s + 100.0))
+    p, _ = softmax_plus_one.forward(s - 800.0)
+    assert (p == 0).all()
+
+
+# --- sparsemax and entmax ------------------------------------------------------------------------------------
+
+
+def test_sparsemax_is_the_projection_onto_the_simplex(rng):
+    """By its variational inequality: no point of the simplex lies on the scores' side of p."""
+    s = scores(rng)
+    p, _ = sparsemax.forward(s)
+    others = np.vstack([np.eye(5), rng.dirichlet(np.ones(5), 200)])
+    towards = np.einsum("ri,roi->ro", s - p, others - p[:, None])
+    assert towards.max() <= 1e-14
+    same(sparsemax.forward(p)[0], p)
+
+
+@pytest.mark.parametrize("module, slope", [(sparsemax, lambda p: p), (entmax, lambda p: 2 * np.sqrt(p))])
+def test_kkt_conditions(rng, module, slope):
+    """s - slope(p) is one number on the support, and no score outside of it is larger; `slope` is that of -H."""
+    s = scores(rng, 200, 6)
+    p, _ = module.forward(s)
+    price = s - slope(p)
+    tau = np.where(p > 0, price, -INF).max(axis=-1, keepdims=True)
+    assert np.where(p > 0, tau - price, 0).max() < 1e-14
+    assert np.where(p > 0, -INF, s - tau).max() <= 1e-14
+    assert 200 < (p > 0).sum() < 1200  # some of them are sparse
+
+
+@pytest.mark.parametrize(
+    "module, entropy",
+    [(sparsemax, lambda p: (1 - p @ p) / 2), (entmax, lambda p: 4 / 3 * (p - np.maximum(p, 0) ** 1.5).sum())],
+)
+def test_against_a_general_optimiser(rng, module, entropy):
+    s = scores(rng, 4)
+    found = minimize(
+        lambda p: -(p @ s + entropy(p)),
+        np.full(4, 0.25),
+        bounds=[(0, 1)] * 4,
+        constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    same(found.x, module.forward(s)[0], tolerance=1e-5)
+
+
+def test_two_scores(rng):
+    """Sparsemax is then a straight line cut off at 0 and 1."""
+    t = np.linspace(-2, 2, 33)
+    p, (ds,) = run(sparsemax, np.stack([t, np.zeros(33)], 1), dout=np.stack([np.ones(33), np.zeros(33)], 1))
+    same((p[:, 0], ds[:, 0]), (np.clip((t + 1) / 2, 0, 1), np.where(np.abs(t) < 1, 0.5, 0)))
+
+
+@pytest.mark.parametrize("module, apart", [(sparsemax, 1.0), (entmax, 2.0)])
+def test_how_far_apart_scores_must_be(module, apart):
+    """One weight alone from there on, exactly; and at the kink the support is the smaller one."""
+    p, (ds,) = run(module, np.array([[apart, 0.0], [apart - 2.0**-10, 0.0]]))
+    assert (p[0] == [1, 0]).all() and (ds[0] == 0).all()
+    assert p[1, 1] > 0 and ds[1, 1] != 0
+
+
+@pytest.mark.parametrize("module", [sparsemax, entmax])
+def test_equal_scores_share(module):
+    p, (ds,) = run(module, np.full((1, 7), 3.25))
+    same(p, np.full((1, 7), 1 / 7))
+    same(ds.sum(), np.zeros(()))
+
+
+def test_sparser_and_sparser(rng):
+    s = scores(rng, 100, 8)
+    counts = [(m.forward(s)[0] > 0).sum() for m in (softmax, entmax, sparsemax)]
+    assert counts[0] > counts[1] > counts[2]
+
+
+def bisected(torch, s, alpha):
+    """The weights of alpha-entmax by bisection, then made differentiable by one Newton step from there."""
+    z = (alpha - 1) * s
+    low, high = z.detach().max(-1, keepdim=True).values - 1, z.detach().max(-1, keepdim=True).values
+    for _ in range(80):
+        tau = (low + high) / 2
+        enough = ((z.detach() - tau).clamp(min=0) ** (1 / (alpha - 1))).sum(-1, keepdim=True) >= 1
+        low, high = torch.where(enough, tau, low), torch.where(enough, high, tau)
+    at = (z - low).clamp(min=0)
+    slope = ((at > 0) * at.detach() ** (1 / (alpha - 1) - 1)).sum(-1, keepdim=True) / (alpha - 1)
+    tau = low + ((at ** (1 / (alpha - 1))).sum(-1, keepdim=True) - 1) / slope
+    return (z - tau).clamp(min=0) ** (1 / (alpha - 1))
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("module, alpha", [(sparsemax, 2.0), (entmax, 1.5)])
+def test_against_bisection_in_torch(rng, module, alpha):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    s, dout = scores(rng, 40, 7), rng.normal(size=(40, 7))
+    p, (ds,) = run(module, s, dout=dout)
+    t = torch.tensor(s, requires_grad=True)
+    theirs = bisected(torch, t, alpha)
+    theirs.backward(torch.tensor(dout))
+    same((p, ds), (theirs.detach().numpy(), t.grad.numpy()))
