@@ -77,6 +77,9 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "transformer_encoder_layer": {"norm_first": False, "activation": "relu", "is_causal": False, "eps": 1e-5},
     "rotary": {"pairing": "interleaved"},
     "alibi": {"offset": 0, "form": "distance"},
+    "shaw": {"is_causal": False, "offset": 0},
+    "sinusoidal": {"scale": 1.0, "base": 1e4, "layout": "interleaved", "frequencies": "exclusive"},
+    "xpos": {"base": 1e4, "scale_base": 512.0, "pairing": "interleaved"},
     "t5_bias": {"offset": 0, "bidirectional": True, "max_distance": 128},
 }
 
@@ -117,6 +120,7 @@ SIZES = {  # of init, as published
     "multiplicative": {"score": "general", "bias": False, "scale": False},
     "multi_head": {"bias": True},
     "rnn_search": {"directions": 2},
+    "shaw": {"clip": 16, "values": True},
     "transformer_decoder_layer": {"bias": True},
     "transformer_encoder_layer": {"bias": True},
 }

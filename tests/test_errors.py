@@ -349,6 +349,18 @@ BAD = [
     ("t5_bias", options(max_distance=0), "max_distance is 0, expected more than"),
     ("swin_bias", options(window=0), "window is 0, expected an int of at least 1"),
     ("swin_bias", options(window=(5, 6)), "expected 99 rows, from window (5, 6)"),
+    ("sinusoidal", first(lambda x: x[..., 1:]), "expected a positive even number of features"),
+    ("sinusoidal", options(scale=np.nan), "scale is nan, expected a finite number"),
+    ("sinusoidal", options(base=0), "base is 0, expected more than 0"),
+    ("sinusoidal", options(layout="paired"), "layout is 'paired', expected one of interleaved, concatenated"),
+    ("sinusoidal", options(frequencies="linear"), "frequencies is 'linear', expected one of exclusive, inclusive"),
+    ("xpos", first(lambda x: x[..., 1:]), "expected a positive even number of features"),
+    ("xpos", options(scale_base=0), "scale_base is 0, expected more than 0"),
+    ("xpos", options(pairing="neox"), "pairing is 'neox', expected one of interleaved, half,"),
+    ("shaw", args(lambda q, k, v, p: (q[..., :0], k[..., :0], v, p._replace(keys=p.keys[:, :0]))), "at least one feat"),
+    ("shaw", params(lambda p: tree_map(lambda a: a.repeat(2, 0), p)), "expected an odd number of rows, 2 c + 1"),
+    ("shaw", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    ("shaw", options(offset=1.5), "offset is 1.5, expected an int"),
     # --- mixed
     ("bam", options(combine="max"), "combine is 'max', expected 'mul' or 'add'"),
     (

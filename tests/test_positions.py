@@ -6,7 +6,19 @@ import warnings
 import numpy as np
 import pytest
 
-from refattn.attention.dot_product import alibi, rotary, swin_bias, t5_bias
+from refattn.attention.dot_product import (
+    alibi,
+    rotary,
+    scaled_dot_product,
+    shaw,
+    sinusoidal,
+    swin_bias,
+    t5_bias,
+    xpos,
+)
+from refattn.draw import RandomDraw
+from refattn.oracle.laws import causal
+from refattn.registry import everything
 
 
 @pytest.fixture(params=range(3), ids="seed{}".format)
@@ -270,3 +282,85 @@ def test_swin_bias_is_the_table_turned_around_the_query():
     close(bias[:, range(m * w), range(m * w)], np.repeat(grid[m - 1, w - 1][:, None], m * w, axis=1))
     one_row, _ = swin_bias.forward(table[5:10], window=(1, 3))
     close(one_row, bias[:, :3, :3])
+
+
+def test_waves_turn_with_the_position():
+    """The wave at p + 1 is a rotation of the wave at p, whatever p; layouts are permutations of one another."""
+    positions = np.arange(6)[None]
+    wave = sinusoidal.waves(positions, 8)
+    cos, sin = rotary.tables(np.ones((1, 6), int), rotary.frequencies(8))
+    turned, _ = rotary.forward(wave[..., ::-1], cos[..., ::-1], sin[..., ::-1])  # (cos, sin) is the point
+    close(turned[:, :-1, ::-1], wave[:, 1:])
+    close(sinusoidal.waves(positions, 8, layout="concatenated"), wave[..., [0, 2, 4, 6, 1, 3, 5, 7]])
+    close(sinusoidal.waves(positions, 2, frequencies="inclusive"), sinusoidal.waves(positions, 2))
+    slowest = sinusoidal.waves(np.array([1]), 8, frequencies="inclusive")[0, 6]
+    close(slowest, math.sin(1e-4))
+    out, _ = sinusoidal.forward(np.ones((2, 6, 8)))
+    close(out, 1 + np.repeat(wave, 2, axis=0))
+
+
+# --- attentions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairing", rotary.PAIRINGS)
+def test_xpos_scores_are_those_of_rotary_with_decay(rng, pairing):
+    q, k = rng.normal(size=(2, 1, 3, 5, 8))
+    positions = np.arange(5)[None]
+    scores = [
+        xpos.forward(q, positions=positions + shift, is_key=False, pairing=pairing)[0]
+        @ xpos.forward(k, positions=positions + shift, is_key=True, pairing=pairing)[0].swapaxes(-1, -2)
+        for shift in (0, -40)
+    ]
+    close(*scores)
+    zeta = (np.arange(4) / 4 + 0.4) / 1.4
+    theta = rotary.frequencies(8)
+    expected = 0
+    for pair in range(4):  # the scores of one pair only, and its decay
+        features = [pair, pair + 4] if pairing == "half" else [2 * pair, 2 * pair + 1]
+        one = [rotated(x[..., features], positions, theta[[pair]]) for x in (q, k)]
+        expected = expected + zeta[pair] ** ((positions.T - positions) / 512) * (one[0] @ one[1].swapaxes(-1, -2))
+    close(scores[0], expected)
+
+
+def both_ways(mechanism, dy, *args, **options):
+    y, saved = mechanism.forward(*args, **options)
+    return y, *mechanism.backward(dy, saved)
+
+
+def causal_where_nothing_came_before(name, **options):
+    """The law `causal`, with as many queries as keys and no offset: its cut moves both."""
+    mechanism, reached = everything()[name], 0
+    for seed in range(60):
+        call = mechanism.example(RandomDraw(seed))
+        if call.args[0].shape[-2] == call.args[1].shape[-2]:
+            causal(mechanism, call._replace(options=call.options | options), np.random.default_rng(seed))
+            reached += call.args[0].shape[-2] > 1
+    assert reached > 5
+
+
+def test_shaw_without_tables_is_scaled_dot_product_attention(rng):
+    q, k, v, dy = rng.normal(size=(4, 2, 3, 5, 4))
+    mask = rng.random((2, 3, 5, 5)) < 0.7
+    zero = shaw.Params(np.zeros((7, 4)), np.zeros((7, 4)))
+    for options in ({}, {"mask": mask}, {"is_causal": True}, {"scale": 0.3, "is_causal": True, "mask": mask}):
+        expected = both_ways(scaled_dot_product, dy, q, k, v, **options)
+        got = both_ways(shaw, dy, q, k, v, zero, **options)
+        for a, b in zip(got, expected):
+            close(a, b)
+
+
+def test_shaw_with_one_row_moves_all_keys_and_values(rng):
+    """Clipped to nothing, every distance is the same: softmax does not see it, and the value is added to all."""
+    q, k, v = rng.normal(size=(3, 2, 5, 4))
+    row = shaw.Params(*rng.normal(size=(2, 1, 4)))
+    expected, _ = scaled_dot_product.forward(q, k, v)
+    close(shaw.forward(q, k, v, row)[0], expected + row.values)
+
+
+def test_shaw_decodes_with_an_offset(rng):
+    q, k, v = rng.normal(size=(3, 2, 6, 4))
+    tables = shaw.Params(*rng.normal(size=(2, 5, 4)))
+    whole, _ = shaw.forward(q, k, v, tables, is_causal=True)
+    last, _ = shaw.forward(q[:, 4:], k, v, tables, is_causal=True, offset=4)
+    close(last, whole[:, 4:])
+    causal_where_nothing_came_before("shaw", offset=0)
