@@ -13,6 +13,7 @@ import pytest
 
 import refattn
 from refattn.attention.dot_product import alibi, rotary
+from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call, tree_map
 from refattn.draw import RandomDraw
 from refattn.primitives import conv, embedding, layer_norm, lstm_cell, rnn_cell
@@ -323,6 +324,90 @@ BAD = [
     ),
     ("scaled_dot_product", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     ("scaled_dot_product", args(lambda q, k, v: (q[..., :0], k[..., :0], v)), "expected at least one feature"),
+    ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
+    ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
+    (
+        "dot_product_attention",
+        options(convention=Convention(mask_op="multiply")),
+        "convention.mask_op is 'multiply', expected one of replace, add",
+    ),
+    (
+        "dot_product_attention",
+        options(convention=Convention(fully_masked="mean")),
+        "convention.fully_masked is 'mean', expected one of zero, nan, zero_masked_only, zero_probs",
+    ),
+    (
+        "dot_product_attention",
+        options(convention=Convention(mask_value="smallest")),
+        "convention.mask_value is 'smallest', expected a number, or 'lowest'",
+    ),
+    (
+        "dot_product_attention",
+        options(convention=Convention(softmax_precision="float23")),
+        "convention.softmax_precision is 'float23', expected a floating-point dtype, or None",
+    ),
+    (
+        "dot_product_attention",
+        options(convention=Convention(softmax_precision=int)),
+        "convention.softmax_precision is <class 'int'>, expected a floating-point dtype",
+    ),
+    (
+        "dot_product_attention",
+        args(lambda q, k, v, *rest: (q, k[:, :1].repeat(9, 1), v, *rest)),
+        "k.shape is",
+    ),
+    ("dot_product_attention", args(lambda q, k, v, *rest: (q, k, v[:, :0], *rest)), "expected a divisor of H ="),
+    ("dot_product_attention", options(attn_mask=np.ones((1, 1))), "attn_mask is dtype('float64'), expected an array"),
+    ("dot_product_attention", options(attn_mask=[[True]]), "attn_mask is 'list', expected an array of bool"),
+    (
+        "dot_product_attention",
+        options(attn_mask=np.ones((1, 1, 1), bool)),
+        "attn_mask.shape is (1, 1, 1), expected (Q, K) =",
+    ),
+    ("dot_product_attention", options(attn_mask=np.ones((1, 99), bool)), "attn_mask.shape is (1, 99), expected (Q, K)"),
+    (
+        "dot_product_attention",
+        args(lambda q, k, v, bias, sinks: (q, k, v, np.zeros(99), sinks)),
+        "attn_bias.shape is (99,), expected one that broadcasts to (B, H, Q, K) =",
+    ),
+    (
+        "dot_product_attention",
+        args(lambda q, k, v, bias, sinks: (q, k, v, np.zeros((1, 1, 1, 1, 1)), sinks)),
+        "attn_bias.shape is (1, 1, 1, 1, 1), expected one that broadcasts",
+    ),
+    ("dot_product_attention", options(dropout_p=1.0), "dropout_p is 1.0, expected a probability less than 1"),
+    ("dot_product_attention", options(dropout_p=-0.1), "dropout_p is -0.1, expected a probability less than 1"),
+    (
+        "dot_product_attention",
+        options(dropout_p=0.5, dropout_keep=None),
+        "dropout_p is 0.5, expected 0, or dropout_keep with it",
+    ),
+    (
+        "dot_product_attention",
+        args(lambda q, k, *rest: (q[..., :0], k[..., :0], *rest), given("scale", None)),
+        "expected at least one feature, or a scale",
+    ),
+    ("dot_product_attention", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    ("dot_product_attention", options(scale=True), "scale is True, expected a finite number, or None"),
+    ("dot_product_attention", options(softcap=0), "softcap is 0, expected more than 0, or None"),
+    ("dot_product_attention", options(is_causal="top_left"), "is_causal is 'top_left', expected True, False or None"),
+    ("dot_product_attention", options(window=2), "window is 2, expected None or (left, right)"),
+    ("dot_product_attention", options(window=(1, 2, 3)), "window is (1, 2, 3), expected None or (left, right)"),
+    ("dot_product_attention", options(window=(-1, 0)), "window is (-1, 0), expected None or (left, right), each None"),
+    (
+        "dot_product_attention",
+        lambda c: options(kv_seqlens=np.full(len(c.args[0]), c.args[1].shape[2] + 1))(c),
+        "kv_seqlens is",
+    ),
+    ("dot_product_attention", lambda c: options(q_seqlens=np.full(len(c.args[0]), -1))(c), "expected lengths from 0"),
+    ("dot_product_attention", options(q_offset="diagonal"), "q_offset is 'diagonal', expected an int, 'top_left' or"),
+    ("dot_product_attention", options(q_offset=True), "q_offset is True, expected an int, one for each of B ="),
+    (
+        "dot_product_attention",
+        options(q_offset=None, convention=Convention(q_offset=0.5)),
+        "q_offset is 0.5, expected an int, one for each of B =",
+    ),
+    ("dot_product_attention", options(q_offset=np.zeros(9, int)), "q_offset has shape (9,), expected (B,)"),
     ("transformer_encoder_layer", options(activation="swish"), "activation is 'swish', expected one of"),
     ("region_non_local", options(grid=0), "grid is 0, expected a positive int"),
     ("region_non_local", options(grid=40), "expected H and W of at least"),

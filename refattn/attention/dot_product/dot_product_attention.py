@@ -360,10 +360,13 @@ def settle(
     """Rules from the options of a call, `say` being the convention; every bad one raises an error that names it."""
     say, (batch, heads, queries, features) = say or Convention(), q.shape
     keys, full = k.shape[2], (batch, heads, queries, k.shape[2])
-    expect(isinstance(say, Convention), f"{where} convention", say, "a dot_product_attention.Convention")
     for name, choices in CHOICES.items():
         value = getattr(say, name)
         expect(value in choices, f"{where} convention.{name}", value, f"one of {', '.join(choices)}")
+    value, precision = say.mask_value, say.softmax_precision
+    expect(_number(value) or value == "lowest", f"{where} convention.mask_value", value, "a number, or 'lowest'")
+    good = precision is None or _is_dtype(precision)
+    expect(good, f"{where} convention.softmax_precision", precision, "a floating-point dtype, or None")
     for name, x in (("k", k), ("v", v)):
         shared = x.shape[1]
         expect(shared > 0 and heads % shared == 0, f"{where} {name}.shape", x.shape, f"a divisor of H = {heads} heads")
@@ -403,6 +406,13 @@ def _check_mask(what, mask, full):
     fits = mask.ndim in (2, 4) and all(n in (1, m) for n, m in zip(mask.shape[::-1], full[::-1]))
     words = f"(Q, K) = {full[2:]} or (B, H, Q, K) = {full}, each axis that long or 1"
     expect(fits, f"{what}.shape", mask.shape, words)
+
+
+def _is_dtype(x):
+    try:
+        return np.issubdtype(np.dtype(x), np.floating)
+    except TypeError:
+        return False
 
 
 def _number(x):
