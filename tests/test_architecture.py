@@ -11,7 +11,7 @@ from refattn.oracle.laws import DECLARED, UNIVERSAL
 from refattn.registry import everything, find, mechanisms
 
 ROOT = Path(refattn.__file__).parent
-RANK = {"shapes": 0, "core": 1, "elementwise": 2, "draw": 2, "windows": 2, "blocks": 2}
+RANK = {"shapes": 0, "core": 1, "elementwise": 2, "draw": 2, "windows": 2, "blocks": 2, "masks": 2}
 RANK |= {"primitives": 3, "attention": 4, "registry": 5}
 FOUNDATION = ("derivatives", "arithmetic", "compare", "laws")  # the part of oracle/ that sees no mechanism
 WITNESSES = {"authors' code", "framework", "definition", "relation"}
