@@ -1,6 +1,7 @@
 """Vaswani et al. 2017, equation 1, with what was added since, for one query and one feature of its value, or a key."""
 
 import math
+import sys
 
 
 def element(args, options, where, index):
@@ -82,7 +83,8 @@ def stages(args, options, takes_part, b, h, i, j):
     if how.softcap_after == "bias":
         x = seen["softcapped"] = cap(x, softcap)
     if not takes_part:
-        x = how.mask_value if how.mask_op == "replace" else x + how.mask_value
+        value = -sys.float_info.max if how.mask_value == "lowest" else how.mask_value
+        x = value if how.mask_op == "replace" else x + value
     seen["biased"] = x
     if how.softcap_after == "mask":
         x = seen["softcapped"] = cap(x, softcap)
