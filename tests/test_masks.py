@@ -270,3 +270,16 @@ def test_python_has_no_and_for_masks():
         causal() & np.ones((2, 2), bool)
     with pytest.raises(TypeError):
         causal() | 3
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("mask, says, shape", [row for row in MASKS if len(row[2]) == 2 and row[0] != everything()])
+def test_blocks_are_those_of_flex_attention(mask, says, shape):
+    flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="needs torch: pip install 'refattn[torch]'")
+    torch = pytest.importorskip("torch")
+    queries, keys = 2 * (shape[0] // 2), 3 * (shape[1] // 3)
+    allowed = torch.tensor(mask.array(queries, keys).copy())
+    theirs = flex.create_block_mask(lambda b, h, i, j: allowed[i, j], 1, 1, queries, keys, "cpu", (2, 3))
+    ours = mask.blocks(queries, keys, (2, 3))
+    assert np.array_equal(theirs.to_dense()[0, 0].bool().numpy(), ours != "empty")
+    assert theirs.full_kv_num_blocks[0, 0].tolist() == (ours == "full").sum(axis=-1).tolist()
