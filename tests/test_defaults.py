@@ -78,6 +78,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "transformer_encoder_layer": {"norm_first": False, "activation": "relu", "is_causal": False, "eps": 1e-5},
     "rotary": {"pairing": "interleaved"},
     "alibi": {"offset": 0, "form": "distance"},
+    "decomposed_2d": {"prefix": 0, "scale_bias": False},
     "shaw": {"is_causal": False, "offset": 0},
     "sinusoidal": {"scale": 1.0, "base": 1e4, "layout": "interleaved", "frequencies": "exclusive"},
     "xpos": {"base": 1e4, "scale_base": 512.0, "pairing": "interleaved"},

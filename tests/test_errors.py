@@ -446,6 +446,25 @@ BAD = [
     ("shaw", params(lambda p: tree_map(lambda a: a.repeat(2, 0), p)), "expected an odd number of rows, 2 c + 1"),
     ("shaw", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     ("shaw", options(offset=1.5), "offset is 1.5, expected an int"),
+    (
+        "transformer_xl",
+        args(lambda q, k, v, p: (q[..., :0], k[..., :0], v, tree_map(lambda a: a[:, :0], p))),
+        "expected at least one feature",
+    ),
+    ("transformer_xl", args(lambda q, k, v, p: (q, k[:, :, :0], v[:, :, :0], p), given("mask", None)), "k.shape is"),
+    ("transformer_xl", params(lambda p: p._replace(w_r=p.w_r[..., 1:])), "expected a positive even P"),
+    ("transformer_xl", options(clamp=-1), "clamp is -1, expected None, or at least 0"),
+    ("transformer_xl", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    (
+        "decomposed_2d",
+        args(lambda q, k, v, p: (q[..., :0], k[..., :0], v, tree_map(lambda a: a[:, :0], p))),
+        "expected at least one feature",
+    ),
+    ("decomposed_2d", options(prefix=-1), "prefix is -1, expected an int of at least 0"),
+    ("decomposed_2d", options(size=(9, 9)), "expected Q = 8"),
+    ("decomposed_2d", options(key_size=(9, 9)), "expected K = 8"),
+    ("decomposed_2d", params(lambda p: p._replace(columns=p.columns[:0])), "params.columns.shape is"),
+    ("decomposed_2d", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     # --- mixed
     ("bam", options(combine="max"), "combine is 'max', expected 'mul' or 'add'"),
     (

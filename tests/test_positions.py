@@ -8,12 +8,14 @@ import pytest
 
 from refattn.attention.dot_product import (
     alibi,
+    decomposed_2d,
     rotary,
     scaled_dot_product,
     shaw,
     sinusoidal,
     swin_bias,
     t5_bias,
+    transformer_xl,
     xpos,
 )
 from refattn.draw import RandomDraw
@@ -364,3 +366,101 @@ def test_shaw_decodes_with_an_offset(rng):
     last, _ = shaw.forward(q[:, 4:], k, v, tables, is_causal=True, offset=4)
     close(last, whole[:, 4:])
     causal_where_nothing_came_before("shaw", offset=0)
+
+
+def relative_shift(x):
+    """Pad on the left, and read rows of another length, as Transformer-XL's code does."""
+    *lead, queries, keys = x.shape
+    padded = np.concatenate([np.zeros((*lead, queries, 1)), x], axis=-1)
+    return padded.reshape(*lead, keys + 1, queries)[..., 1:, :].reshape(*lead, queries, keys)
+
+
+@pytest.mark.parametrize("memory", [0, 3])
+@pytest.mark.parametrize("clamp", [None, 2])
+def test_transformer_xl_by_padding_and_reshaping(rng, memory, clamp):
+    queries, keys = 4, 4 + memory
+    q, k, v = rng.normal(size=(2, 3, queries, 5)), rng.normal(size=(2, 3, keys, 5)), rng.normal(size=(2, 3, keys, 2))
+    p = transformer_xl.Params(*(rng.normal(size=s) for s in ((3, 5), (3, 5), (3, 5, 6))))
+    position = np.minimum(np.arange(keys - 1, -1, -1), np.inf if clamp is None else clamp)
+    angle = position[:, None] / 10000 ** (np.arange(0, 6, 2) / 6)
+    r = np.concatenate([np.sin(angle), np.cos(angle)], axis=1) @ p.w_r.swapaxes(1, 2)  # (H, K, D)
+    content = (q + p.u[:, None]) @ k.swapaxes(2, 3)
+    positional = relative_shift((q + p.v[:, None]) @ r.swapaxes(1, 2))
+    past = np.tri(queries, keys, memory, bool)
+    scores = np.where(past, (content + positional) / math.sqrt(5), -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    close(transformer_xl.forward(q, k, v, p, clamp=clamp)[0], weights @ v)
+
+
+@pytest.mark.parametrize("memory", [0, 2])
+def test_transformer_xl_without_biases_is_causal_attention(rng, memory):
+    q, dy = rng.normal(size=(2, 2, 3, 4, 5))
+    k, v = rng.normal(size=(2, 2, 3, 4 + memory, 5))
+    zero = transformer_xl.Params(np.zeros((3, 5)), np.zeros((3, 5)), np.zeros((3, 5, 2)))
+    past = np.broadcast_to(np.tri(4, 4 + memory, memory, bool), (2, 3, 4, 4 + memory))
+    expected = both_ways(scaled_dot_product, dy, q, k, v, mask=past)
+    for a, b in zip(both_ways(transformer_xl, dy, q, k, v, zero), expected):
+        close(a, b)
+
+
+def test_transformer_xl_sees_memory_as_if_it_were_there(rng):
+    """Half a sequence, with the keys and values of the other half as memory, is the end of the whole."""
+    q, k, v = rng.normal(size=(3, 2, 3, 6, 4))
+    p = transformer_xl.Params(*(rng.normal(size=s) for s in ((3, 4), (3, 4), (3, 4, 4))))
+    whole, _ = transformer_xl.forward(q, k, v, p)
+    close(transformer_xl.forward(q[:, :, 3:], k, v, p)[0], whole[:, :, 3:])
+    close(transformer_xl.forward(q, k, v, p, clamp=6)[0], whole)
+    causal_where_nothing_came_before("transformer_xl")
+
+
+def test_initial_weights_of_transformer_xl():
+    drawn = transformer_xl.init(np.random.default_rng(0), 8, 32, 64)
+    assert [0.018 < x.std() < 0.022 for x in drawn] == [True] * 3
+    assert [x.shape for x in drawn] == [(8, 32), (8, 32), (8, 32, 64)]
+
+
+def test_decomposed_attention_without_tables_is_scaled_dot_product_attention(rng):
+    q, dy = rng.normal(size=(2, 2, 3, 6, 4))
+    k, v = rng.normal(size=(2, 2, 3, 4, 4))
+    tables = decomposed_2d.init(rng, 4, (3, 2))
+    assert [t.shape for t in tables] == [(5, 4), (3, 4)]
+    got = both_ways(decomposed_2d, dy, q, k, v, tables, size=(2, 3), key_size=(2, 2))
+    for a, b in zip(got, both_ways(scaled_dot_product, dy, q, k, v)):
+        close(a, b)
+
+
+def in_torch(torch, q, k, v, rows, columns, size, key_size):
+    """SAM's attention restated: indices by division of floating-point numbers, tables resized by torch."""
+
+    def look_up(table, n, m):
+        table = torch.nn.functional.interpolate(table.T[None], size=2 * max(n, m) - 1, mode="linear")[0].T
+        at_q = torch.arange(n, dtype=torch.float64)[:, None] * max(m / n, 1.0)
+        at_k = torch.arange(m, dtype=torch.float64)[None] * max(n / m, 1.0)
+        return table[(at_q - at_k + (m - 1) * max(n / m, 1.0) + 1e-9).long()]
+
+    (h, w), (m, n) = size, key_size
+    pixels = q.reshape(len(q), h, w, -1)
+    by_row = torch.einsum("bhwd,hmd->bhwm", pixels, look_up(rows, h, m))
+    by_column = torch.einsum("bhwd,wnd->bhwn", pixels, look_up(columns, w, n))
+    bias = (by_row[..., None] + by_column[..., None, :]).reshape(len(q), h * w, m * n)
+    return ((q / math.sqrt(q.shape[-1])) @ k.mT + bias).softmax(-1) @ v
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("size, key_size", [((3, 4), (3, 4)), ((4, 6), (2, 3)), ((2, 3), (5, 3)), ((7, 2), (3, 5))])
+@pytest.mark.parametrize("lengths", [None, (4, 9)])
+def test_decomposed_attention_in_torch(rng, size, key_size, lengths):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    lengths = lengths or [2 * max(a, b) - 1 for a, b in zip(size, key_size)]
+    queries, keys = math.prod(size), math.prod(key_size)
+    arrays = [rng.normal(size=s) for s in ((2, queries, 4), (2, keys, 4), (2, keys, 3), *((n, 4) for n in lengths))]
+    dy = rng.normal(size=(2, queries, 3))
+    q, k, v, *tables = arrays
+    y, *grads, dtables = both_ways(
+        decomposed_2d, dy, q, k, v, decomposed_2d.Params(*tables), size=size, key_size=key_size
+    )
+    tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
+    expected = in_torch(torch, *tensors, size, key_size)
+    expected.backward(torch.tensor(dy))
+    for a, b in zip((y, *grads, *dtables), (expected.detach(), *(t.grad for t in tensors))):
+        close(a, b.numpy())
