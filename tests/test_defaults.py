@@ -51,6 +51,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "multi_head": {"is_causal": False},
     "dot_product_attention": {"is_causal": None, "q_offset": None, "dropout_p": 0.0, "return_lse": False},
     "scaled_dot_product": {"scale": None, "is_causal": False},
+    "sigmoid_attention": {"bias": None, "scale": None, "is_causal": False},
     "transformer_decoder_layer": {"norm_first": False, "activation": "relu", "is_causal": True, "eps": 1e-5},
     "matrix_sqrt": {"iterations": 5},
     "maxout": {"pieces": 2},
@@ -78,6 +79,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "transformer_encoder_layer": {"norm_first": False, "activation": "relu", "is_causal": False, "eps": 1e-5},
     "rotary": {"pairing": "interleaved"},
     "alibi": {"offset": 0, "form": "distance"},
+    "axial_rotary": {"pairing": "interleaved"},
     "decomposed_2d": {"prefix": 0, "scale_bias": False},
     "shaw": {"is_causal": False, "offset": 0},
     "sinusoidal": {"scale": 1.0, "base": 1e4, "layout": "interleaved", "frequencies": "exclusive"},
@@ -123,6 +125,7 @@ SIZES = {  # of init, as published
     "multi_head": {"bias": True},
     "rnn_search": {"directions": 2},
     "shaw": {"clip": 16, "values": True},
+    "swin_v2": {"hidden": 512},
     "transformer_decoder_layer": {"bias": True},
     "transformer_encoder_layer": {"bias": True},
 }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import refattn
-from refattn.attention.dot_product import alibi, rotary
+from refattn.attention.dot_product import alibi, axial_rotary, rotary
 from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call, tree_map
 from refattn.draw import RandomDraw
@@ -323,6 +323,8 @@ BAD = [
         "mask.shape is",
     ),
     ("scaled_dot_product", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    ("sigmoid_attention", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    ("sigmoid_attention", args(lambda q, k, v, b: (q[..., :0], k[..., :0], v, b)), "expected at least one feature"),
     ("scaled_dot_product", args(lambda q, k, v: (q[..., :0], k[..., :0], v)), "expected at least one feature"),
     ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
     ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
@@ -465,6 +467,10 @@ BAD = [
     ("decomposed_2d", options(key_size=(9, 9)), "expected K = 8"),
     ("decomposed_2d", params(lambda p: p._replace(columns=p.columns[:0])), "params.columns.shape is"),
     ("decomposed_2d", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    ("axial_rotary", first(lambda x: x[..., :1]), "frequencies.shape is"),
+    ("axial_rotary", options(pairing="neox"), "pairing is 'neox', expected one of interleaved, half,"),
+    ("swin_v2", options(window=(5, 6)), "expected T = 30, from window (5, 6)"),
+    ("swin_v2", options(pretrained=0), "pretrained is 0, expected an int of at least 1"),
     # --- mixed
     ("bam", options(combine="max"), "combine is 'max', expected 'mul' or 'add'"),
     (
@@ -487,6 +493,9 @@ BAD = [
 
 HELPERS = [  # functions beside forward that are called for themselves: a bad call, and words of its error
     (lambda: alibi.slopes(0), "heads is 0, expected a positive int"),
+    (lambda: axial_rotary.axial(1, 6), "features is 6, expected a positive multiple of 4, pairs for 2 axes"),
+    (lambda: axial_rotary.sections(1, np.ones(4), (1, 2)), "sizes is (1, 2), expected 4 in all"),
+    (lambda: axial_rotary.mixed(None, 1, 6), "features is 6, expected a positive multiple of 4"),
     (lambda: rotary.frequencies(3), "features is 3, expected a positive even int"),
     (lambda: rotary.ntk(2, 8.0), "features is 2, expected more than 2"),
     (lambda: rotary.yarn(8, 4.0, 2048, ramp="cubic"), "ramp is 'cubic', expected 'rounded', 'unrounded' or 'turns'"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from refattn.attention.dot_product import scaled_dot_product, sigmoid_attention
 from refattn.primitives import entmax, softmax, softmax_plus_one, sparsemax
 from tests.test_relations import run, same
 
@@ -195,3 +196,84 @@ def test_against_bisection_in_torch(rng, module, alpha):
     theirs = bisected(torch, t, alpha)
     theirs.backward(torch.tensor(dout))
     same((p, ds), (theirs.detach().numpy(), t.grad.numpy()))
+
+
+# --- sigmoid attention ---------------------------------------------------------------------------------------
+
+
+def qkv(rng, lead=(2, 3), queries=3, keys=4, features=5, values=2):
+    shapes = (queries, features), (keys, features), (keys, values)
+    return tuple(rng.normal(size=(*lead, *shape)) for shape in shapes)
+
+
+def test_the_bias_is_minus_the_logarithm_of_the_number_of_keys(rng):
+    q, k, v = qkv(rng)
+    y, (dq, dk, dv, none) = run(sigmoid_attention, q, k, v)
+    z, (*others, dbias) = run(sigmoid_attention, q, k, v, np.full(3, -np.log(4)))
+    same((y, dq, dk, dv), (z, *others))
+    assert none is None and dbias.shape == (3,)
+
+
+def test_equal_scores_average(rng):
+    """Without scores every weight is sigmoid(-log K) = 1 / (K + 1)."""
+    q, k, v = qkv(rng)
+    y, _ = sigmoid_attention.forward(q, k, v, scale=0.0)
+    same(y, np.broadcast_to(v.sum(axis=-2, keepdims=True) / 5, y.shape))
+
+
+def test_one_key_is_softmax_plus_one(rng):
+    """1 / (1 + e^-s) = e^s / (1 + e^s)."""
+    q, k, v = qkv(rng, keys=1)
+    y, saved = sigmoid_attention.forward(q, k, v)
+    same(saved.attn, softmax_plus_one.forward(q @ k.swapaxes(-1, -2) / np.sqrt(5.0))[0])
+    same(y, saved.attn * v)
+
+
+def test_keys_do_not_compete(rng):
+    """What two keys give together is the sum of what they give alone, gradients too."""
+    (q, k, v), bias = qkv(rng), rng.normal(size=3)
+    y, (dq, dk, dv, dbias) = run(sigmoid_attention, q, k, v, bias)
+    parts = [run(sigmoid_attention, q, k[..., some, :], v[..., some, :], bias) for some in ([0, 2], [1, 3])]
+    same((y, dq, dbias), tuple(a + b for a, b in zip(*((z, g[0], g[3]) for z, g in parts))))
+    for n, g in ((1, dk), (2, dv)):
+        same(g[..., [0, 2, 1, 3], :], np.concatenate([grads[n] for _, grads in parts], axis=-2))
+
+
+def test_a_very_negative_bias_is_an_unnormalised_softmax(rng):
+    (q, k, v), far = qkv(rng), -40.0
+    y, _ = sigmoid_attention.forward(q, k, v, np.full(3, far))
+    total = np.exp(q @ k.swapaxes(-1, -2) / np.sqrt(5.0)).sum(axis=-1, keepdims=True)
+    same(y * np.exp(-far) / total, scaled_dot_product.forward(q, k, v)[0])
+
+
+def test_sigmoid_attention_masks(rng):
+    (q, k, v), bias, mask = qkv(rng), rng.normal(size=3), rng.random((2, 3, 3, 4)) < 0.6
+    mask[:, :, 1], mask[..., 2] = False, False
+    y, (dq, dk, dv, dbias) = run(sigmoid_attention, q, k, v, bias, mask=mask)
+    assert (y[..., 1, :] == 0).all() and (dq[..., 1, :] == 0).all()
+    assert (dk[..., 2, :] == 0).all() and (dv[..., 2, :] == 0).all()
+    fewer = [np.delete(x, 2, axis=-2) for x in (k, v)]
+    z, others = run(sigmoid_attention, q, *fewer, bias, mask=np.delete(mask, 2, axis=-1))
+    same((y, dq, np.delete(dk, 2, -2), np.delete(dv, 2, -2), dbias), (z, *others))
+    k[..., 2, :] = NAN
+    same(sigmoid_attention.forward(q, k, v, bias, mask=mask)[0], y)
+
+
+def test_causal_sigmoid_attention_is_masked(rng):
+    q, k, v = qkv(rng, queries=5, keys=4)
+    lower = np.broadcast_to(np.tri(5, 4, dtype=bool), (2, 3, 5, 4))
+    one, other = run(sigmoid_attention, q, k, v, is_causal=True), run(sigmoid_attention, q, k, v, mask=lower)
+    same((one[0], *one[1][:3]), (other[0], *other[1][:3]))
+
+
+@pytest.mark.frameworks
+def test_sigmoid_attention_in_torch(rng):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    args, mask = (*qkv(rng), rng.normal(size=3)), rng.random((2, 3, 3, 4)) < 0.6
+    dout = rng.normal(size=(2, 3, 3, 2))
+    y, grads = run(sigmoid_attention, *args, mask=mask, scale=0.7, dout=dout)
+    q, k, v, bias = tensors = [torch.tensor(x, requires_grad=True) for x in args]
+    scores = 0.7 * torch.einsum("bhid,bhjd->bhij", q, k) + bias[:, None, None]
+    theirs = torch.sigmoid(scores.masked_fill(~torch.tensor(mask), -INF)) @ v
+    theirs.backward(torch.tensor(dout))
+    same((y, *grads), (theirs.detach().numpy(), *(t.grad.numpy() for t in tensors)))
