@@ -13,7 +13,7 @@ ULP32 = float(np.finfo(np.float32).eps)
 
 
 def same(found, expected, tolerance):
-    """NaN and inf in the same places, and the rest within `tolerance` of the largest entry."""
+    """NaN and inf in the same places, the rest within `tolerance` of the largest entry (of 1, where all canceled)."""
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape, f"{found.shape}, but should be {expected.shape}"
     finite = np.isfinite(expected)
@@ -21,7 +21,7 @@ def same(found, expected, tolerance):
     assert not wrong.any(), f"{found[wrong]}, but should be {expected[wrong]}, at {np.argwhere(wrong).tolist()}"
     if finite.any():
         error = np.abs(found[finite] - expected[finite]).max()
-        largest = np.abs(expected[finite]).max()
+        largest = max(1, np.abs(expected[finite]).max())
         assert error <= tolerance * largest, f"off by {error / largest:.3g} of the largest entry, {largest:.3g}"
 
 
