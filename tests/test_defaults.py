@@ -33,6 +33,8 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "rms_norm": {"eps": 1e-6},
     "softmax": {"axis": -1},
     "softmax_plus_one": {"axis": -1},
+    "top_k_softmax": {"axis": -1, "ties": "first"},
+    "gumbel_softmax": {"temperature": 1.0, "axis": -1, "noise": None},
     "sparsemax": {"axis": -1},
     "entmax": {"axis": -1},
     "matrix_power_pool": {"iterations": 5},

@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize
 
 from refattn.attention.dot_product import scaled_dot_product, sigmoid_attention
-from refattn.primitives import entmax, softmax, softmax_plus_one, sparsemax
+from refattn.primitives import entmax, gumbel_softmax, softmax, softmax_plus_one, sparsemax, top_k_softmax
 from tests.test_relations import run, same
 
 NAN, INF = np.nan, np.inf
@@ -27,6 +27,9 @@ NORMALISERS = [
     pytest.param(softmax_plus_one, {}, id="softmax_plus_one"),
     pytest.param(sparsemax, {}, id="sparsemax"),
     pytest.param(entmax, {}, id="entmax"),
+    pytest.param(top_k_softmax, {"k": 2}, id="top_k_softmax"),
+    pytest.param(top_k_softmax, {"k": 3, "ties": "all"}, id="top_k_softmax, ties"),
+    pytest.param(gumbel_softmax, {"temperature": 0.5}, id="gumbel_softmax"),
 ]
 ON_THE_SIMPLEX = [n for n in NORMALISERS if n.id != "softmax_plus_one"]
 
@@ -195,6 +198,86 @@ def test_against_bisection_in_torch(rng, module, alpha):
     t = torch.tensor(s, requires_grad=True)
     theirs = bisected(torch, t, alpha)
     theirs.backward(torch.tensor(dout))
+    same((p, ds), (theirs.detach().numpy(), t.grad.numpy()))
+
+
+# --- the k largest -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", ["first", "all"])
+@pytest.mark.parametrize("k", [5, 6, 100])
+def test_as_many_as_there_are_is_softmax(rng, ties, k):
+    s, mask = scores(rng), rng.random((3, 5)) < 0.6
+    same(run(top_k_softmax, s, k=k, mask=mask, ties=ties), run(softmax, s, mask=mask))
+
+
+@pytest.mark.parametrize("ties", ["first", "all"])
+def test_the_k_largest_are_a_mask(rng, ties):
+    s, mask = scores(rng), rng.random((3, 5)) < 0.8
+    kept = mask & (s >= np.sort(np.where(mask, s, -INF))[:, 2:3])
+    same(run(top_k_softmax, s, k=3, mask=mask, ties=ties), run(softmax, s, mask=kept))
+
+
+def test_one_of_one(rng):
+    s = scores(rng)
+    p, (ds,) = run(top_k_softmax, s, k=1)
+    assert (p == np.eye(5)[s.argmax(axis=-1)]).all() and (ds == 0).all()
+
+
+def test_ties_for_the_last_place():
+    s = np.array([[1.0, 0.0, 1.0, 2.0, 1.0]])
+    first, all_of_them = (top_k_softmax.forward(s, k=2, ties=ties)[0] for ties in ("first", "all"))
+    assert (first > 0).tolist() == [[True, False, False, True, False]]
+    assert (all_of_them > 0).tolist() == [[True, False, True, True, True]]
+
+
+@pytest.mark.parametrize("ties", ["first", "all"])
+def test_fewer_allowed_than_k(ties):
+    """What is masked is not kept to make up the number."""
+    p, _ = top_k_softmax.forward(np.zeros((1, 3)), k=2, mask=np.array([[False, False, True]]), ties=ties)
+    assert (p == [[0, 0, 1]]).all()
+
+
+# --- noise, and temperature ----------------------------------------------------------------------------------
+
+
+def test_without_noise_and_temperature_it_is_softmax(rng):
+    s, mask = scores(rng), rng.random((3, 5)) < 0.6
+    same(run(gumbel_softmax, s, mask=mask), run(softmax, s, mask=mask))
+
+
+def test_noise_is_added_and_temperature_divides(rng):
+    s, noise, mask = scores(rng), rng.gumbel(size=(3, 5)), rng.random((3, 5)) < 0.6
+    p, (ds,) = run(gumbel_softmax, s, noise=noise, temperature=0.7, mask=mask)
+    q, (dt,) = run(softmax, (s + noise) / 0.7, mask=mask)
+    same((p, 0.7 * ds), (q, dt))
+
+
+def test_cold_is_the_largest_and_hot_is_the_mean(rng):
+    s = scores(rng)
+    same(gumbel_softmax.forward(s, temperature=1e-4)[0], np.eye(5)[s.argmax(axis=-1)])
+    same(gumbel_softmax.forward(s, temperature=1e6)[0], np.full((3, 5), 0.2), tolerance=1e-5)
+
+
+def test_the_largest_is_drawn_with_the_probabilities_of_softmax(rng):
+    s = scores(rng, 4)
+    p, _ = gumbel_softmax.forward(np.tile(s, (40000, 1)), noise=rng.gumbel(size=(40000, 4)), temperature=0.1)
+    drawn = np.bincount(p.argmax(axis=-1), minlength=4) / 40000
+    same(drawn, softmax.forward(s)[0], tolerance=0.015)  # 6 standard deviations
+
+
+@pytest.mark.frameworks
+def test_gumbel_softmax_in_torch(rng):
+    """torch draws its own noise: the same as ours, once it is asked for before."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    s, dout = scores(rng), rng.normal(size=(3, 5))
+    t = torch.tensor(s, requires_grad=True)
+    torch.manual_seed(0)
+    noise = -torch.empty_like(t, memory_format=torch.legacy_contiguous_format).exponential_().log()
+    torch.manual_seed(0)
+    theirs = torch.nn.functional.gumbel_softmax(t, tau=0.7)
+    theirs.backward(torch.tensor(dout))
+    p, (ds,) = run(gumbel_softmax, s, noise=noise.detach().numpy(), temperature=0.7, dout=dout)
     same((p, ds), (theirs.detach().numpy(), t.grad.numpy()))
 
 
