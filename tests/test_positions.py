@@ -8,12 +8,14 @@ import pytest
 
 from refattn.attention.dot_product import (
     alibi,
+    axial_rotary,
     decomposed_2d,
     rotary,
     scaled_dot_product,
     shaw,
     sinusoidal,
     swin_bias,
+    swin_v2,
     t5_bias,
     transformer_xl,
     xpos,
@@ -464,3 +466,126 @@ def test_decomposed_attention_in_torch(rng, size, key_size, lengths):
     expected.backward(torch.tensor(dy))
     for a, b in zip((y, *grads, *dtables), (expected.detach(), *(t.grad for t in tensors))):
         close(a, b.numpy())
+
+
+def test_axial_scores_see_differences_of_points_only(rng):
+    q, k = rng.normal(size=(2, 1, 3, 6, 8))
+    points = axial_rotary.grid(2, 3)[None]
+    for frequencies in (axial_rotary.axial(3, 8), axial_rotary.mixed(rng, 3, 8)):
+        scores = [
+            axial_rotary.forward(q, frequencies, coordinates=points + shift)[0]
+            @ axial_rotary.forward(k, frequencies, coordinates=points + shift)[0].swapaxes(-1, -2)
+            for shift in (0.0, np.array([2.5, -7.0]))
+        ]
+        close(*scores)
+
+
+def test_one_axis_is_rotary(rng):
+    x, dy = rng.normal(size=(2, 2, 3, 5, 9))
+    theta, positions = rotary.frequencies(6), rng.integers(0, 50, (2, 5))
+    for pairing in rotary.PAIRINGS:
+        got = both_ways(
+            *(axial_rotary, dy, x, np.repeat(theta[None, None], 3, axis=1)),
+            coordinates=positions[..., None].astype(float),
+            pairing=pairing,
+        )
+        expected = both_ways(rotary, dy, x, *rotary.tables(positions, theta), pairing=pairing)
+        close(got[0], expected[0])
+        close(got[1], expected[1])
+
+
+def test_axial_is_rotary_by_rows_for_half_the_features_and_by_columns_for_the_others(rng):
+    x = rng.normal(size=(2, 3, 6, 8))
+    y, _ = axial_rotary.forward(
+        *(x, axial_rotary.axial(3, 8)), coordinates=np.repeat(axial_rotary.grid(2, 3)[None], 2, axis=0)
+    )
+    rows, columns = np.divmod(np.arange(6), 3)
+    theta = rotary.frequencies(4, 100.0)
+    close(y[..., :4], rotated(x[..., :4], rows, theta))
+    close(y[..., 4:], rotated(x[..., 4:], columns, theta))
+
+
+def test_frequencies_of_several_axes():
+    assert axial_rotary.grid(2, 2).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert axial_rotary.grid(2, 1, 2).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+    parts = axial_rotary.sections(2, np.array([4.0, 3.0, 2.0, 1.0]), (1, 2, 1))
+    assert parts.shape == (3, 2, 4)
+    assert parts[:, 0].tolist() == parts[:, 1].tolist() == [[4, 0, 0, 0], [0, 3, 2, 0], [0, 0, 0, 1]]
+    close(axial_rotary.axial(1, 12, 3, base=9.0)[:, 0], np.kron(np.eye(3), [1, 1 / 3]))
+    drawn = axial_rotary.mixed(np.random.default_rng(0), 50, 8, base=9.0)
+    assert drawn.shape == (2, 50, 4)
+    close((drawn**2).sum(axis=0), np.tile([1, 1 / 9, 1, 1 / 9], (50, 1)))
+    close((drawn[..., :2] * drawn[..., 2:]).sum(axis=0), np.zeros((50, 2)))
+    assert len(np.unique(drawn[0, :, 0])) == 50 and np.abs(drawn[:, :, 0].mean(axis=1)).max() < 0.4
+    assert axial_rotary.mixed(np.random.default_rng(0), 1, 4).shape == (2, 1, 2)
+
+
+def swin_v2_in_torch(torch, q, k, v, logit_scale, w1, b1, w2, window, pretrained):
+    """Restated with a meshgrid of offsets, an index of pairs, and torch's own normalize and clamp."""
+    (m, w), functional = window, torch.nn.functional
+    offsets = torch.meshgrid(
+        torch.arange(1 - m, m, dtype=torch.float64), torch.arange(1 - w, w, dtype=torch.float64), indexing="ij"
+    )
+    table = torch.stack(offsets, dim=-1) / (torch.tensor(pretrained) - 1) * 8
+    table = torch.sign(table) * torch.log2(table.abs() + 1) / math.log2(8)
+    table = functional.linear(functional.relu(functional.linear(table, w1, b1)), w2)
+    pixels = torch.cartesian_prod(torch.arange(m), torch.arange(w))
+    between = pixels[:, None] - pixels[None] + torch.tensor([m - 1, w - 1])
+    bias = 16 * torch.sigmoid(table[between[..., 0], between[..., 1]]).permute(2, 0, 1)
+    scores = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT
+    scale = torch.clamp(logit_scale, max=math.log(100)).exp()
+    return (scores * scale[:, None, None] + bias).softmax(-1) @ v
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("pretrained", [None, (5, 4)])
+def test_swin_v2_in_torch(rng, pretrained):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    q, k, v, dy = rng.normal(size=(4, 2, 3, 6, 4))
+    params = swin_v2.init(rng, 3, 7)._replace(logit_scale=np.array([math.log(10), math.log(100), 5.0]))
+    options = {"window": (2, 3), "pretrained": pretrained}
+    y, *grads, dparams = both_ways(swin_v2, dy, q, k, v, params, **options)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v, *params)]
+    expected = swin_v2_in_torch(torch, *tensors, (2, 3), pretrained or (2, 3))
+    expected.backward(torch.tensor(dy))
+    for a, b in zip((y, *grads, *dparams), (expected.detach(), *(t.grad for t in tensors))):
+        close(a, b.numpy())
+    assert dparams.logit_scale[1] != 0 == dparams.logit_scale[2]
+
+
+def test_swin_v2_sees_directions_only(rng):
+    q, k, v, dy = rng.normal(size=(4, 2, 3, 6, 4))
+    params = swin_v2.init(rng, 3, 7)
+    y, dq, dk, *_ = both_ways(swin_v2, dy, q, k, v, params, window=(2, 3))
+    again, dq_long, dk_long, *_ = both_ways(swin_v2, dy, 3 * q, 5 * k, v, params, window=(2, 3))
+    close(again, y)
+    close(3 * dq_long, dq)
+    close(5 * dk_long, dk)
+    close((q * dq).sum(axis=-1), np.zeros((2, 3, 6)))
+
+
+def test_a_query_of_zeros_is_divided_by_a_small_number(rng):
+    q, k, v, dy = rng.normal(size=(4, 1, 1, 2, 3))
+    q[0, 0, 0] = 0
+    params = swin_v2.init(rng, 1, 2)._replace(logit_scale=np.zeros(1))
+    _, dq, *_ = both_ways(swin_v2, dy, q, k, v, params, window=(1, 2))
+    small, dsmall = q.copy(), dq
+    small[0, 0, 0, 0] = 1e-13
+    moved = swin_v2.forward(small, k, v, params, window=(1, 2))[0] - swin_v2.forward(q, k, v, params, window=(1, 2))[0]
+    close((moved * dy).sum() / 1e-13 / dsmall[0, 0, 0, 0], 1.0, 0.2)
+    assert np.isfinite(dq).all()
+
+
+def test_initial_weights_of_swin_v2():
+    drawn = swin_v2.init(np.random.default_rng(0), 4)
+    assert [x.shape for x in drawn] == [(4,), (512, 2), (512,), (4, 512)]
+    close(np.exp(drawn.logit_scale), np.full(4, 10.0))
+    for x, inputs in ((drawn.w1, 2), (drawn.b1, 2), (drawn.w2, 512)):
+        assert 0.98 < np.abs(x).max() * math.sqrt(inputs) <= 1
+
+
+def test_initial_weights_of_shaw():
+    drawn = shaw.init(np.random.default_rng(0), 64)
+    assert [x.shape for x in drawn] == [(33, 64), (33, 64)]
+    assert all(0.98 < np.abs(x).max() / math.sqrt(6 / 97) <= 1 for x in drawn)
+    assert shaw.init(np.random.default_rng(0), 4, 2, values=False).values is None
