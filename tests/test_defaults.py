@@ -53,6 +53,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "multi_head": {"is_causal": False},
     "dot_product_attention": {"is_causal": None, "q_offset": None, "dropout_p": 0.0, "return_lse": False},
     "scaled_dot_product": {"scale": None, "is_causal": False},
+    "normalised_attention": {"normaliser": "softmax", "options": None, "scale": None, "is_causal": False},
     "sigmoid_attention": {"bias": None, "scale": None, "is_causal": False},
     "transformer_decoder_layer": {"norm_first": False, "activation": "relu", "is_causal": True, "eps": 1e-5},
     "matrix_sqrt": {"iterations": 5},

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from refattn.attention.dot_product import scaled_dot_product, sigmoid_attention
+from refattn.attention.dot_product import normalised_attention, scaled_dot_product, sigmoid_attention
+from refattn.oracle.derivatives import complex_step, inner
 from refattn.primitives import entmax, gumbel_softmax, softmax, softmax_plus_one, sparsemax, top_k_softmax
 from tests.test_relations import run, same
 
@@ -358,5 +359,86 @@ def test_sigmoid_attention_in_torch(rng):
     q, k, v, bias = tensors = [torch.tensor(x, requires_grad=True) for x in args]
     scores = 0.7 * torch.einsum("bhid,bhjd->bhij", q, k) + bias[:, None, None]
     theirs = torch.sigmoid(scores.masked_fill(~torch.tensor(mask), -INF)) @ v
+    theirs.backward(torch.tensor(dout))
+    same((y, *grads), (theirs.detach().numpy(), *(t.grad.numpy() for t in tensors)))
+
+
+# --- attention with any of them ------------------------------------------------------------------------------
+
+
+def test_with_softmax_it_is_scaled_dot_product_attention(rng):
+    (q, k, v), mask = qkv(rng), rng.random((2, 3, 3, 4)) < 0.6
+    for options in ({}, {"mask": mask}, {"is_causal": True, "scale": 0.3}):
+        same(run(normalised_attention, q, k, v, **options), run(scaled_dot_product, q, k, v, **options))
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+def test_it_is_scores_then_normaliser_then_sum(rng, module, options):
+    (q, k, v), mask = qkv(rng), rng.random((2, 3, 3, 4)) < 0.6
+    name, dout = module.__name__.rpartition(".")[2], rng.normal(size=(2, 3, 3, 2))
+    y, (dq, dk, dv) = run(normalised_attention, q, k, v, normaliser=name, options=options, mask=mask, dout=dout)
+    p, (ds,) = run(module, q @ k.swapaxes(-1, -2) / np.sqrt(5.0), dout=dout @ v.swapaxes(-1, -2), mask=mask, **options)
+    same(y, p @ v)
+    same((np.sqrt(5.0) * dq, np.sqrt(5.0) * dk), (ds @ k, ds.swapaxes(-1, -2) @ q))
+    same(dv, p.swapaxes(-1, -2) @ dout)
+
+
+@pytest.mark.parametrize("module, options", NORMALISERS)
+def test_the_order_of_keys_does_not_matter(rng, module, options):
+    (q, k, v), order = qkv(rng, keys=5), rng.permutation(5)
+    chosen = {"normaliser": module.__name__.rpartition(".")[2], "options": options}
+    y, (dq, dk, dv) = run(normalised_attention, q, k, v, **chosen)
+    z, (eq, ek, ev) = run(normalised_attention, q, k[..., order, :], v[..., order, :], **chosen)
+    same((y, dq, dk[..., order, :], dv[..., order, :]), (z, eq, ek, ev))
+
+
+def test_a_sink_is_a_key_of_zeros_with_a_value_of_zeros(rng):
+    q, k, v = qkv(rng)
+    y, (dq, dk, dv) = run(normalised_attention, q, k, v, normaliser="softmax_plus_one")
+    wide = [np.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0)]) for x in (k, v)]
+    z, (eq, ek, ev) = run(scaled_dot_product, q, *wide)
+    same((y, dq, dk, dv), (z, eq, ek[..., :4, :], ev[..., :4, :]))
+
+
+@pytest.mark.parametrize("name", normalised_attention.NORMALISERS)
+def test_a_temperature_divides_the_scale(rng, name):
+    q, k, v = qkv(rng)
+    chosen = {"normaliser": name, "options": {"k": 2} if name == "top_k_softmax" else None}
+    y, (dq, *rest) = run(normalised_attention, q, k, v, scale=0.5 / 0.7, **chosen)
+    z, (eq, ek, ev) = run(normalised_attention, q / 0.7, k, v, scale=0.5, **chosen)
+    same((y, dq, *rest), (z, eq / 0.7, ek, ev))
+
+
+def test_noise_is_added_to_the_scores(rng):
+    (q, k, v), noise = qkv(rng), rng.gumbel(size=(2, 3, 3, 4))
+    chosen = {"normaliser": "gumbel_softmax", "options": {"noise": noise, "temperature": 0.7}}
+    y, (dq, *_) = run(normalised_attention, q, k, v, **chosen)
+    p, _ = softmax.forward((q @ k.swapaxes(-1, -2) / np.sqrt(5.0) + noise) / 0.7)
+    same(y, p @ v)
+    v_of_q = complex_step(lambda x: normalised_attention.forward(x, k, v, **chosen)[0], (q,), (np.ones_like(q),))
+    assert abs(inner(dq, np.ones_like(q)) - inner(np.cos(1.0 + np.arange(36)).reshape(y.shape), v_of_q)) < 1e-12
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("name, alpha", [("sparsemax", 2.0), ("entmax", 1.5)])
+def test_sparse_attention_in_torch(rng, name, alpha):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    args, dout = qkv(rng, keys=6), rng.normal(size=(2, 3, 3, 2))
+    y, grads = run(normalised_attention, *args, normaliser=name, dout=dout)
+    q, k, v = tensors = [torch.tensor(x, requires_grad=True) for x in args]
+    theirs = bisected(torch, q @ k.transpose(-1, -2) / 5**0.5, alpha) @ v
+    theirs.backward(torch.tensor(dout))
+    same((y, *grads), (theirs.detach().numpy(), *(t.grad.numpy() for t in tensors)))
+
+
+@pytest.mark.frameworks
+def test_top_k_attention_in_torch(rng):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    args, dout = qkv(rng, keys=6), rng.normal(size=(2, 3, 3, 2))
+    y, grads = run(normalised_attention, *args, normaliser="top_k_softmax", options={"k": 2}, dout=dout)
+    q, k, v = tensors = [torch.tensor(x, requires_grad=True) for x in args]
+    best = (q @ k.transpose(-1, -2) / 5**0.5).topk(2)
+    chosen = v[..., None, :, :].expand(2, 3, 3, 6, 2).take_along_dim(best.indices[..., None], -2)
+    theirs = (best.values.softmax(-1)[..., None] * chosen).sum(-2)
     theirs.backward(torch.tensor(dout))
     same((y, *grads), (theirs.detach().numpy(), *(t.grad.numpy() for t in tensors)))
