@@ -50,6 +50,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "attention_wrapper": {"output": "attention", "score": "general"},
     "multiplicative": {"score": "general"},
     "luong_encoder_decoder": {"score": "general", "feed": True, "gaussian": "weights"},
+    "grouped_query": {"order": "repeat_interleave", "is_causal": False},
     "multi_head": {"is_causal": False},
     "dot_product_attention": {"is_causal": None, "q_offset": None, "dropout_p": 0.0, "return_lse": False},
     "scaled_dot_product": {"scale": None, "is_causal": False},

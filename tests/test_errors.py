@@ -320,6 +320,8 @@ BAD = [
         "params.word.weight.shape is",
     ),
     # --- dot product
+    ("grouped_query", options(order="strided"), "order is 'strided', expected one of repeat_interleave, tile"),
+    ("grouped_query", args(lambda q, k, v: (q, k[:, :0], v[:, :0])), "expected a divisor of H ="),
     ("multi_head", options(heads=0), "heads is 0, expected a positive int"),
     ("multi_head", options(heads=97), "heads is 97, expected a divisor of"),
     (

@@ -190,6 +190,14 @@ def scaled_dot_product_masked(q, k, v, *, scale, mask):
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
+def grouped_query(q, k, v, *, order, scale, mask, is_causal):
+    if order == "tile":
+        raise NotHandled("the other order")
+    if is_causal and mask is not None:
+        raise NotHandled("causal, and a mask too")
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=is_causal, enable_gqa=True)
+
+
 def recurrent(x, state, params, *, direction):
     cells = params.cells
     kind = {gru_cell_reference: nn.GRU, lstm_cell_reference: nn.LSTM}.get(type(cells[0]), nn.RNN)
@@ -275,6 +283,7 @@ TARGETS = (
     Target("scaled_dot_product_attention", "scaled_dot_product", scaled_dot_product),
     Target("scaled_dot_product_attention, causal", "scaled_dot_product", scaled_dot_product_causal),
     Target("scaled_dot_product_attention, mask", "scaled_dot_product", scaled_dot_product_masked),
+    Target("scaled_dot_product_attention, enable_gqa", "grouped_query", grouped_query),
     Target("nn.MultiheadAttention", "multi_head", multi_head_attention, multi_head_example),
     Target("nn.TransformerEncoderLayer", "transformer_encoder_layer", transformer_encoder_layer),
     Target("nn.RNN, nn.GRU, nn.LSTM", "recurrent", recurrent),
