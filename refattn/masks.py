@@ -70,14 +70,19 @@ class Mask:
 
     def show(self, queries, keys, offset=0):
         """The whole of it to read: a line per query, ■ where the key takes part; one picture per item and head."""
+        shown = []
+        for title, allowed in self.pictures(queries, keys, offset):
+            lines = [" ".join("■" if takes_part else "·" for takes_part in row) for row in allowed]
+            shown.append("\n".join([f"{title}:", *lines] if title else lines))
+        return "\n\n".join(shown)
+
+    def pictures(self, queries, keys, offset=0):
+        """Yield ("item 0, head 1", what it says there) for every item and head that it tells apart; else ("", all)."""
         whole = self.array(queries, keys, offset)
-        titles = ("item {}", "head {}")[4 - whole.ndim :]
-        pictures = []
+        names = ("item", "head")[4 - whole.ndim :]
         for index in np.ndindex(whole.shape[:-2]):
-            named = [t.format(n) for t, n, many in zip(titles, index, whole.shape) if many > 1]
-            lines = [" ".join("■" if allowed else "·" for allowed in row) for row in whole[index]]
-            pictures.append("\n".join([", ".join(named) + ":"] * bool(named) + lines))
-        return "\n\n".join(pictures)
+            told = [f"{name} {n}" for name, n, many in zip(names, index, whole.shape) if many > 1]
+            yield ", ".join(told), whole[index]
 
     def __and__(self, other):
         return _And(self, other) if isinstance(other, Mask) else NotImplemented
