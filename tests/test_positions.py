@@ -10,6 +10,7 @@ from refattn.attention.dot_product import (
     alibi,
     axial_rotary,
     decomposed_2d,
+    dot_product_attention,
     rotary,
     scaled_dot_product,
     shaw,
@@ -231,6 +232,29 @@ def test_the_forms_of_alibi_are_one_under_a_causal_mask(rng, offset):
         close(other, weights[0])
     close(np.where(past, biases[0], 0), np.where(past, biases[1], 0))
     assert not np.allclose(*(attention(q, k, bias, True) for bias in biases[:2]))
+
+
+@pytest.mark.parametrize("form", ["distance", "relative", "key_position"])
+def test_alibi_in_dot_product_attention(rng, form):
+    """The bias of all items has the slopes' gradient; the log-sum-exp tells the forms apart, the output does not."""
+    q, k, v, dy = rng.normal(size=(4, 2, 3, 5, 4))
+    slopes, size = rng.random(3), {"queries": 5, "keys": 5}
+
+    def attend(slopes, form):
+        bias, saved_bias = alibi.forward(slopes, form=form, **size)
+        options = {"is_causal": True, "return_lse": True}
+        return dot_product_attention.forward(q, k, v, bias, None, **options), saved_bias
+
+    (out, saved), saved_bias = attend(slopes, form)
+    (plain, _), _ = attend(slopes, "distance")
+    close(out.y, plain.y)
+    shift = slopes[:, None] * np.arange(5) if form == "key_position" else np.zeros((3, 5))
+    close(out.lse, plain.lse + shift)
+    dbias = dot_product_attention.backward(out._replace(y=dy, lse=np.zeros_like(out.lse)), saved)[3]
+    (dslopes,) = alibi.backward(dbias, saved_bias)
+    for h in range(3):
+        (moved, _), _ = attend(slopes + 1e-30j * np.eye(3)[h], form)
+        close((moved.y.imag * dy).sum() / 1e-30, dslopes[h])
 
 
 def torch_bucket(torch, relative, bidirectional, buckets, distance):

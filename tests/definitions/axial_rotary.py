@@ -1,4 +1,4 @@
-"""Heo et al. 2024, equation 14, with any number of axes: a pair is a complex number, turned by exp(i angle)."""
+"""Heo et al. 2024, with any number of axes: a pair is a complex number, turned by exp(i angle)."""
 
 import cmath
 

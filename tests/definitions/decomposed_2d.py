@@ -1,4 +1,4 @@
-"""Li et al. 2022, equations 4 and 5, with fractions for the indices, for one query and one feature of its value."""
+"""Li et al. 2022, with fractions for the indices, for one query and one feature of its value."""
 
 import math
 from fractions import Fraction

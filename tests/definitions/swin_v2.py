@@ -1,4 +1,4 @@
-"""Liu et al. 2022, equations 2 to 4, for one query and one feature of its value."""
+"""Liu et al. 2022, section 3, as in the authors' code, for one query and one feature of its value."""
 
 import math
 

@@ -3,7 +3,7 @@ r"""Rotary position embedding along several axes: axial and mixed.
 As rotary, but a token stands at a point of an image (or of a video): a pair of features is turned by the product of
 its coordinates with a frequency for each axis.
 
-Paper: Heo et al., "Rotary Position Embedding for Vision Transformer", ECCV 2024 (arXiv:2403.13298), eq. 10 to 14.
+Paper: Heo et al., "Rotary Position Embedding for Vision Transformer", ECCV 2024 (arXiv:2403.13298).
 
 Shapes
     B items, H heads, T tokens of D features, of which F pairs are turned; A axes.

@@ -4,7 +4,7 @@ Attention over the pixels of an image whose scores see, besides the key, the que
 for the rows between the two and with another for the columns.
 
 Paper: Li et al., "MViTv2: Improved Multiscale Vision Transformers for Classification and Detection", CVPR 2022
-    (arXiv:2112.01526), eq. 4 and 5; Kirillov et al., "Segment Anything", ICCV 2023 (arXiv:2304.02643).
+    (arXiv:2112.01526); Kirillov et al., "Segment Anything", ICCV 2023 (arXiv:2304.02643).
 
 Shapes
     B items, *H heads (or nothing), Q queries and K keys, row by row, of D features; values of E features.
@@ -26,7 +26,7 @@ Backward, with a bar for "gradient of the loss with respect to"
     and these, through the backward of the resizing, are the gradients of the tables
 
 Choices
-    The code of all three scales the product with the key only; MViTv2's eq. 4 scales the whole: scale_bias=True.
+    The code of all three scales the product with the key only; MViTv2's paper scales the whole: scale_bias=True.
     r is counted in whole numbers; the code does it in float32, which may round to the next where sizes are odd
     fractions of one another. Tables of another length are stretched linearly (align_corners=False), as in SAM.
     prefix is how many tokens stand before the pixels, as a class token in MViTv2: rows and columns without a bias.

@@ -4,17 +4,17 @@ Attention within a window that compares directions of queries and keys, not thei
 number per head; a small network turns the logarithm of the distance between two pixels into a bias.
 
 Paper: Liu et al., "Swin Transformer V2: Scaling Up Capacity and Resolution", CVPR 2022 (arXiv:2111.09883),
-    section 3.3.
+    sections 3.2 and 3.3.
 
 Shapes
     B windows of M by W pixels, T = M W of them row by row, H heads, D features of a query or key, E of a value;
     N = (2 M - 1)(2 W - 1) offsets, U hidden units.
 
 Forward
-    c_n = sign(d) log2(1 + 8 |d| / (M - 1)) / log2(8)     of every offset d in rows, and in columns with W  (eq. 4)
+    c_n = sign(d) log2(1 + 8 |d| / (M - 1)) / log2(8)     of every offset d in rows, and in columns with W
     table_nh = 16 sigmoid(w2 relu(w1 c_n + b1))
     q^ = q / |q|,    k^ = k / |k|
-    S = e^min(logit_scale, log 100) q^ k^T + table_n      n as in swin_bias       (eq. 2)
+    S = e^min(logit_scale, log 100) q^ k^T + table_n      n as in swin_bias
     P = softmax(S)                            over the keys that the mask allows
     Y = P V
 
@@ -27,6 +27,8 @@ Backward, with a bar for "gradient of the loss with respect to"
     tablebar_nh = sum over the pairs of pixels with offset n of Sbar, then sigmoid and the two layers
 
 Choices
+    This is the authors' code. In the paper c = sign(d) log(1 + |d|), the table is what the network gives, and S has
+    q^ k^T / tau with tau above 0.01; here 1 / tau is e^logit_scale.
     |q| is at least 1e-12, as in torch's normalize: zeros stay zeros, and get the gradient q^bar / 1e-12.
     A logit_scale of log 100 exactly has a gradient, as torch's clamp.
     pretrained is the size of the window to whose M - 1 and W - 1 the distances are compared, where it is not that

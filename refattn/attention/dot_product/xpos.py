@@ -17,9 +17,8 @@ Backward, with a bar for "gradient of the loss with respect to"
 
 Choices
     scale_base = 512 is in the authors' code; algorithm 1 has zeta_i^p, which is scale_base = 1. The code counts
-    positions from the middle of the sequence, so that neither factor gets large: scores do not change, since they see
-    the difference only, and positions are an argument here, so that any origin can be given. x-transformers' origin
-    moves with the length of the sequence; keys in a cache then need the same one.
+    from the middle of the sequence, so that neither factor gets large. Scores see differences of positions only, so
+    any origin may be given; in x-transformers it moves with the length, and keys in a cache need the same one.
     Decay is for causal attention: keys after the query grow instead.
     pairing is as in rotary; the authors' is "interleaved".
 """
