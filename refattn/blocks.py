@@ -1,5 +1,7 @@
-"""Work that treats every channel for itself, done on large arrays part by part, and the parts on all cores."""
+"""Work that falls into parts, done part by part, and the parts on all cores."""
 
+import collections
+import contextlib
 import functools
 import itertools
 import os
@@ -8,6 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from refattn.core import tree_map
+
+try:
+    import threadpoolctl
+except ImportError:
+    threadpoolctl = None
 
 PART = 2**22  # bytes: threads gain nothing on less, and much more does not stay in the cache
 
@@ -29,6 +36,30 @@ def by_channels(function, *trees, expansion=1):
     tasks = [_workers().submit(run, some) for some in others]  # NumPy lets go of Python's lock while it computes
     results = [run(first), *(task.result() for task in tasks)]
     return tree_map(lambda *small: np.concatenate(small), *results)
+
+
+def in_order(function, tasks, jobs, executor=None):
+    """Yield function(*task) of every task, in order; `jobs` at a time, by threads or by an executor."""
+    if executor is None and jobs == 1:
+        yield from itertools.starmap(function, tasks)
+        return
+    with contextlib.ExitStack() as stack:
+        if executor is None:
+            if threadpoolctl is not None:  # threads of threads get into each other's way
+                stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))
+            executor = stack.enter_context(ThreadPoolExecutor(jobs))
+        waiting = collections.deque()  # few at a time: results are large
+        for task in tasks:
+            waiting.append(executor.submit(function, *task))
+            if len(waiting) > jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def usual_jobs():
+    """How many threads in_order should use: all cores, or 1 where NumPy's own threads cannot be told to keep still."""
+    return 1 if threadpoolctl is None else os.cpu_count() or 1
 
 
 def _channels(trees, some):

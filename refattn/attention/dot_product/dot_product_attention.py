@@ -151,13 +151,14 @@ def forward(
     expect(return_scores in (None, *STAGES), f"{where} return_scores", return_scores, f"None or one of {STAGES}")
     heads, i, j = q.shape[1], np.arange(q.shape[2]), np.arange(k.shape[2])
     order = rules.convention.gqa_order
-    seen = visible(rules, dense(attn_mask, q, k), i, j)
+    seen = visible(rules, mask_at(attn_mask, i, j, rules.offset), i, j)
     seen = None if seen is None else np.broadcast_to(seen, (len(q), heads, len(i), len(j)))
     logits, stages, uncapped = scores(q, for_heads(k, heads, order), attn_bias, seen, rules)
     softmax, lse = _softmax(logits, sinks, seen, rules)
-    attn, lse = silence(softmax, seen, i, rules), only_real(lse[..., None], i, rules, -INF)[..., 0]
+    softmax, lse = only_real(softmax, i, rules, 0), only_real(lse, i, rules, -INF)
+    attn = silence(softmax, seen, rules)
     weights = attn if dropout_keep is None else attn * dropout_keep * rules.keep_factor
-    y = weigh(weights, for_heads(v, heads, order), seen, rules)
+    y = only_real(weigh(weights, for_heads(v, heads, order), seen, rules), i, rules, 0)
     saved = Saved(q, k, v, attn_bias, sinks, softmax, attn, lse, uncapped, seen, dropout_keep, return_scores, rules)
     if not return_lse and return_scores is None:
         return y, saved
@@ -180,16 +181,14 @@ def backward(
     dstages = {} if given is None else {stage: given}
     heads, order, i = q.shape[1], rules.convention.gqa_order, np.arange(q.shape[2])
     kept = 1 if keep is None else keep.astype(dy.real.dtype) * rules.keep_factor
+    dy, dlse = only_real(dy, i, rules, 0), only_real(dlse, i, rules, 0)
     dattn = unweigh(dy, for_heads(v, heads, order), seen, rules) * kept + dstages.get("probs", 0)
-    taken = attn if seen is None or rules.convention.masked_values == "multiply" else np.where(seen, attn, 0)
-    dv = from_heads((taken * kept).swapaxes(-1, -2) @ dy, v.shape[1], order)
-    dsoftmax = silence(dattn, seen, i, rules)
-    pull = -(dsoftmax * softmax).sum(axis=-1, keepdims=True)
-    if dlse is not None:
-        pull = pull + only_real(dlse[..., None], i, rules, 0)
+    dv = from_heads((taken(attn, seen, rules) * kept).swapaxes(-1, -2) @ dy, v.shape[1], order)
+    dsoftmax = only_real(silence(dattn, seen, rules), i, rules, 0)
+    pull = (0 if dlse is None else dlse[..., None]) - (dsoftmax * softmax).sum(axis=-1, keepdims=True)
     dlogits = softmax * (dsoftmax + pull)
     if sinks is not None:
-        share = np.exp(sinks[:, None] - np.where(np.isneginf(lse.real), INF, lse))
+        share = np.exp(sinks[:, None] - np.where(np.isneginf(lse.real), INF, lse))  # of the sink
     dproducts, dlogits = scores_backward(dlogits, dstages, uncapped, seen, rules)
     return (
         rules.scale * (dproducts @ for_heads(k, heads, order)),
@@ -242,16 +241,20 @@ def scores_backward(dx, dstages, uncapped, seen, rules):
     dbias = None
     for step in ("mask", "bias", "scale"):
         if step == rules.convention.softcap_after:
-            dx = dx + dstages.get("softcapped", 0)
+            dx = _join(dx, dstages.get("softcapped"))
             if uncapped is not None:
                 dx = dx * _cap_slope(uncapped, rules.softcap)
         if step == "mask":
-            dx = dx + dstages.get("biased", 0)
+            dx = _join(dx, dstages.get("biased"))
             if seen is not None and rules.convention.mask_op == "replace":
                 dx = np.where(seen, dx, 0)
         if step == "bias":
             dbias = dx
-    return dx + dstages.get("scaled", 0), dbias
+    return _join(dx, dstages.get("scaled")), dbias
+
+
+def _join(dx, more):
+    return dx if more is None else dx + more
 
 
 def _masked(x, seen, convention):
@@ -294,23 +297,24 @@ def _softmax(logits, sinks, seen, rules):
     return attn.astype(dtype), lse[..., 0].astype(dtype)
 
 
-def silence(x, seen, i, rules):
-    """x, of shape (B, H, Q, K), with 0 for queries that are padding, and under "zero_probs" for all that is masked."""
-    if rules.convention.fully_masked == "zero_probs" and seen is not None:
-        x = np.where(seen, x, 0)
-    return only_real(x, i, rules, 0)
+def silence(x, seen, rules):
+    """x of (B, H, Q, K), under fully_masked="zero_probs" 0 for all that is masked."""
+    return x if rules.convention.fully_masked != "zero_probs" or seen is None else np.where(seen, x, 0)
 
 
 def only_real(x, i, rules, padding):
-    """x, of shape (B, H, Q, ...), with `padding` for queries from q_seqlens on."""
-    return x if rules.query_lengths is None else np.where(i[:, None] < rules.query_lengths, x, padding)
+    """x of (B, H, Q) or (B, H, Q, ...), or None, with `padding` for queries from q_seqlens on."""
+    if x is None or rules.query_lengths is None:
+        return x
+    real = i[:, None] < rules.query_lengths
+    return np.where(real if x.ndim == real.ndim else real[..., 0], x, padding)
 
 
 def weigh(weights, v, seen, rules):
     """sum_j weights_ij v_j; under masked_values="skip" over what takes part, so that NaN in the rest is lost."""
     if rules.convention.masked_values == "multiply" or seen is None:
         return weights @ v
-    weights = np.where(seen, weights, 0)
+    weights = taken(weights, seen, rules)
     if np.isfinite(v).all():
         return weights @ v
     return np.where(seen[..., None], weights[..., None] * v[..., None, :, :], 0).sum(axis=-2)
@@ -318,10 +322,12 @@ def weigh(weights, v, seen, rules):
 
 def unweigh(dy, v, seen, rules):
     """ybar_i . v_j."""
-    dweights = dy @ v.swapaxes(-1, -2)
-    if rules.convention.masked_values == "skip" and seen is not None:
-        dweights = np.where(seen, dweights, 0)
-    return dweights
+    return taken(dy @ v.swapaxes(-1, -2), seen, rules)
+
+
+def taken(x, seen, rules):
+    """x of (B, H, Q, K), under masked_values="skip" 0 for all that is masked."""
+    return x if rules.convention.masked_values == "multiply" or seen is None else np.where(seen, x, 0)
 
 
 def for_heads(x, heads, order):
@@ -346,9 +352,15 @@ def shrink(x, shape):
     return x.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True).reshape(shape)
 
 
-def dense(mask, q, k):
-    """attn_mask as an array, or None."""
-    return mask.array(q.shape[2], k.shape[2]) if hasattr(mask, "array") else mask
+def mask_at(mask, i, j, offset):
+    """attn_mask for queries i and keys j, if it is not an array but a mask of refattn.masks, which sees positions."""
+    if mask is None or isinstance(mask, np.ndarray):
+        return mask
+    said = [mask(i[:, None] + shift, j[None, :]) for shift in offset.ravel()]
+    if len(said) == 1:
+        return said[0]
+    said = [m.reshape((1,) * (4 - m.ndim) + m.shape) for m in said]  # of every item, at its own positions
+    return np.concatenate([m[b : b + 1] if len(m) > 1 else m for b, m in enumerate(said)])
 
 
 # --- the options ----------------------------------------------------------------------------------------------
