@@ -37,14 +37,14 @@ __all__ = [
 
 
 class Mask:
-    """What all masks can do. A kind of mask is a frozen dataclass with a method `_allows(i, j)`."""
+    """What all masks can do. A kind of mask is a frozen dataclass with a method `allows(i, j)`."""
 
     def __call__(self, i, j):
         """True where the key at j takes part for the query at i: (..., *their common shape)."""
         i, j = _positions("i", i), _positions("j", j)
         axes = max(i.ndim, j.ndim)
         i, j = (x.reshape((1,) * (axes - x.ndim) + x.shape) for x in (i, j))
-        allowed = self._allows(i, j)
+        allowed = self.allows(i, j)
         lead = allowed.shape[: allowed.ndim - axes]
         return np.broadcast_to(allowed, (*lead, *np.broadcast_shapes(i.shape, j.shape)))
 
@@ -116,7 +116,7 @@ _mask = functools.partial(dataclass, frozen=True, repr=False)
 class everything(Mask):
     """Every key, for every query."""
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return np.ones((1,) * i.ndim, bool)
 
 
@@ -124,7 +124,7 @@ class everything(Mask):
 class nothing(Mask):
     """No key, for no query."""
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return np.zeros((1,) * i.ndim, bool)
 
 
@@ -137,7 +137,7 @@ class causal(Mask):
     def __post_init__(self):
         _whole("masks.causal: offset", self.offset)
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return j <= i + self.offset
 
 
@@ -158,7 +158,7 @@ class window(Mask):
                 _whole(f"masks.window: {name}", getattr(self, name), 0, " or None")
         _whole("masks.window: offset", self.offset)
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         own = i + self.offset
         after = np.ones_like(j, bool) if self.left is None else j >= own - self.left
         before = np.ones_like(j, bool) if self.right is None else j <= own + self.right
@@ -179,7 +179,7 @@ class dilated(Mask):
         _whole("masks.dilated: window", self.window, 0)
         _whole("masks.dilated: dilation", self.dilation, 1)
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return ((i - j) % self.dilation == 0) & (np.abs(i - j) <= self.window * self.dilation)
 
 
@@ -196,7 +196,7 @@ class strided(Mask):
     def __post_init__(self):
         _whole("masks.strided: stride", self.stride, 1)
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return (i - j) % self.stride == 0
 
 
@@ -209,7 +209,7 @@ class chunked(Mask):
     def __post_init__(self):
         _whole("masks.chunked: size", self.size, 1)
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return i // self.size == j // self.size
 
 
@@ -225,7 +225,7 @@ class prefix(Mask):
     def __post_init__(self):
         _keep(self, "length", _lengths("masks.prefix: length", self.length))
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return (j < _of_items(self.length, i.ndim)) | (j <= i)
 
 
@@ -238,7 +238,7 @@ class padding(Mask):
     def __post_init__(self):
         _keep(self, "kv_lengths", _lengths("masks.padding: kv_lengths", self.kv_lengths))
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return j < _of_items(self.kv_lengths, i.ndim)
 
 
@@ -265,7 +265,7 @@ class document(Mask):
         expect(good, "masks.document: ids", self.ids, "ints, one for each position: (T,) or (B, T)")
         _keep(self, "ids", _tuples(ids))
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return self._at("i", i) == self._at("j", j)
 
     def _at(self, name, positions):
@@ -299,7 +299,7 @@ class block_sparse(Mask):
         _block("masks.block_sparse: block", self.block)
         _keep(self, "layout", _tuples(layout.astype(bool)))
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         rows, columns = _block("masks.block_sparse: block", self.block)
         *_, height, width = self._table.shape
         _inside("masks.block_sparse", "i", i, height * rows)
@@ -335,7 +335,7 @@ class neighbourhood(Mask):
         words = f"kernel * dilation of at most {min(self.height, self.width)}, the shorter side; or border='cut'"
         expect(fits, "masks.neighbourhood: kernel, dilation", (self.kernel, self.dilation), words)
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         for name, positions in (("i", i), ("j", j)):
             _inside("masks.neighbourhood", name, positions, self.height * self.width)
         rows = self._along(i // self.width, j // self.width, self.height)
@@ -360,7 +360,7 @@ class _And(Mask):
     one: Mask
     other: Mask
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return self.one(i, j) & self.other(i, j)
 
     def __repr__(self):
@@ -373,7 +373,7 @@ class _Or(Mask):
     one: Mask
     other: Mask
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return self.one(i, j) | self.other(i, j)
 
     def __repr__(self):
@@ -384,7 +384,7 @@ class _Or(Mask):
 class _Not(Mask):
     mask: Mask
 
-    def _allows(self, i, j):
+    def allows(self, i, j):
         return ~self.mask(i, j)
 
     def __repr__(self):

@@ -1,5 +1,9 @@
 """Masks against plain double loops, written from what each is said to mean."""
 
+import itertools
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -283,3 +287,15 @@ def test_blocks_are_those_of_flex_attention(mask, says, shape):
     ours = mask.blocks(queries, keys, (2, 3))
     assert np.array_equal(theirs.to_dense()[0, 0].bool().numpy(), ours != "empty")
     assert theirs.full_kv_num_blocks[0, 0].tolist() == (ours == "full").sum(axis=-1).tolist()
+
+
+def test_the_page_shows_what_is_printed(capsys):
+    """What follows a fence of Python is what it prints, line by line."""
+    page = (Path(__file__).parents[1] / "docs/how-to/masks.md").read_text()
+    fences = re.findall(r"^```(\w+)\n(.*?)^```", page, re.M | re.S)
+    namespace = {"__name__": "fence"}
+    for (language, code), (following, shown) in itertools.pairwise(fences):
+        if language == "python":
+            exec(code, namespace)
+            printed = capsys.readouterr().out
+            assert printed == (shown if following == "text" else "")
