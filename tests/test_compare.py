@@ -89,7 +89,8 @@ def test_what_cannot_be_compared_fails_in_words(got, words):
 
 
 def test_whole_numbers_are_no_output():
-    assert compare(Y, Y.astype(int), 1e9).problem == "has dtype int64, expected floating point"
+    verdict = compare(Y, Y.astype(int), 1e9)
+    assert not verdict.conforms and verdict.problem == "has dtype int64, expected floating point"
 
 
 def test_float32_is_compared_in_float64():

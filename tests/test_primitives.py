@@ -117,3 +117,16 @@ def test_parts_keep_the_callers_errstate_and_raise_its_errors(monkeypatch):
     assert np.getbufsize() == before
     with np.errstate(divide="ignore"):
         assert np.array_equal(blocks.by_channels(lambda x: 1 / x[0], zeros), [INF] * 4)
+
+
+# --- running statistics of batch normalisation ---------------------------------------------------------------
+
+
+def test_the_moving_average_of_batch_statistics():
+    x = np.array([[1.0], [2.0], [6.0]])  # mean 3, squares of the deviations 4 + 1 + 9
+    _, saved = batch_norm.forward(x, eps=0.0)
+    before = batch_norm.Stats(np.array([10.0]), np.array([20.0]))
+    mean, var = batch_norm.running(before, saved)
+    assert mean[0] == 0.9 * 10 + 0.1 * 3 and abs(var[0] - (0.9 * 20 + 0.1 * 14 / 2)) < 1e-14
+    _, var = batch_norm.running(before, saved, momentum=0.5, unbiased=False)
+    assert abs(var[0] - (10 + 14 / 3 / 2)) < 1e-14
