@@ -53,7 +53,7 @@ class Mask:
         for name, value in (("queries", queries), ("keys", keys)):
             _whole(f"masks.array: {name}", value, 0)
         _whole("masks.array: offset", offset)
-        return self(offset + np.arange(queries)[:, None], np.arange(keys))
+        return np.array(self(offset + np.arange(queries)[:, None], np.arange(keys)))
 
     def blocks(self, queries, keys, block, offset=0):
         """ "full", "partial" or "empty" for every block, `block` long or (queries, keys) long; the last are shorter."""

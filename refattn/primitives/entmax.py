@@ -48,11 +48,13 @@ def forward(
     z = np.where(outside, -2, (s - top) / 2)  # any number below -1 would do
     largest_first = np.take_along_axis(z, np.argsort(-z.real, axis=axis, kind="stable"), axis)
     j = np.arange(1, s.shape[axis] + 1, dtype=top.dtype).reshape(-1, *(1,) * (s.ndim - 1 - axis % s.ndim))
-    mu = largest_first.cumsum(axis) / j
-    ss = (largest_first * largest_first).cumsum(axis) - j * mu * mu
-    tau = mu - np.sqrt(relu(1 - ss) / j)
-    k = (tau.real < largest_first.real).sum(axis=axis, keepdims=True)
-    r = np.where(outside, 0, relu(z - np.where(j == k, tau, 0).sum(axis=axis, keepdims=True)))
+    mu = largest_first.real.cumsum(axis) / j
+    ss = (largest_first.real**2).cumsum(axis) - j * mu * mu
+    holds = mu - np.sqrt(relu(1 - ss) / j) < largest_first.real  # of the first k, and of no others
+    k = np.maximum(holds.sum(axis=axis, keepdims=True, dtype=top.dtype), 1)
+    mu = np.where(j <= k, largest_first, 0).sum(axis=axis, keepdims=True) / k
+    ss = np.where(j <= k, (largest_first - mu) ** 2, 0).sum(axis=axis, keepdims=True)
+    r = np.where(outside, 0, relu(z - (mu - np.sqrt((1 - ss) / k))))
     p = r * r
     return p, Saved(r, p, axis)
 
