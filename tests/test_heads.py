@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from refattn.attention.dot_product import grouped_query, scaled_dot_product
-from refattn.core import leaves
+from refattn import layouts
+from refattn.attention.dot_product import grouped_query, multi_head, scaled_dot_product
+from refattn.core import leaves, tree_map
+from refattn.primitives import linear
 
 
 @pytest.fixture(params=range(3), ids="seed{}".format)
@@ -17,6 +19,10 @@ def same(one, other, tolerance=1e-12):
     for (path, a), (_, b) in zip(leaves(one), leaves(other), strict=True):
         assert a.shape == b.shape, f"{path}: shapes {a.shape} and {b.shape}"
         assert np.abs(a - b).max(initial=0) <= tolerance * (1 + np.abs(b).max(initial=0)), path
+
+
+def like(rng, tree):
+    return tree_map(lambda x: rng.normal(size=x.shape), tree)
 
 
 def run(mechanism, dout, *args, **options):
@@ -54,3 +60,100 @@ def test_tile_is_the_other_order_with_query_heads_reordered(rng):
     dealt = [0, 3, 1, 4, 2, 5]  # heads 0 and 3 share, 1 and 4, 2 and 5
     y, dq, dk, dv = run(grouped_query, dy, q, k, v, order="tile")
     same((y[:, dealt], dq[:, dealt], dk, dv), run(grouped_query, dy[:, dealt], q[:, dealt], k, v))
+
+
+# --- multi-head: extra tokens, missing projections, the layouts of others -------------------------------------
+
+
+def test_extra_tokens_are_more_keys_and_values(rng):
+    """Without projections they may as well be given."""
+    q, k, v = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4)), rng.normal(size=(2, 5, 6))
+    dy, learned, mask = (
+        rng.normal(size=(2, 3, 6)),
+        multi_head.Params(bias_k=q[0, 0], bias_v=v[0, 0]),
+        rng.random((2, 5)),
+    )
+    mask = mask < 0.6
+    y, dq, dk, dv, dparams = run(
+        multi_head, dy, q, k, v, learned, heads=2, key_mask=mask, is_causal=True, add_zero_attn=True
+    )
+    more_k, more_v = (
+        np.concatenate([x, np.broadcast_to(token, (2, 1, token.size)), np.zeros((2, 1, token.size))], axis=1)
+        for x, token in ((k, learned.bias_k), (v, learned.bias_v))
+    )
+    seen = np.concatenate([mask[:, None, None] & np.tri(3, 5, dtype=bool), np.ones((2, 1, 3, 2), bool)], axis=-1)
+    z, dq_, dk_, dv_, nothing = run(
+        multi_head, dy, q, more_k, more_v, multi_head.Params(), heads=2, mask=seen.repeat(2, axis=1)
+    )
+    same((y, dq, dk, dv), (z, dq_, dk_[:, :5], dv_[:, :5]))
+    same((dparams.bias_k, dparams.bias_v), (dk_[:, 5].sum(axis=0), dv_[:, 5].sum(axis=0)))
+    assert nothing == multi_head.Params()
+
+
+def test_no_projections_are_identities(rng):
+    q, k, v = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 5, 4)), rng.normal(size=(2, 5, 6))
+    dy, identities = rng.normal(size=(2, 3, 6)), multi_head.Params(*(linear.Params(np.eye(n)) for n in (4, 4, 6, 6)))
+    got, expected = (run(multi_head, dy, q, k, v, p, heads=2)[:4] for p in (multi_head.Params(), identities))
+    same(got, expected)
+
+
+def test_an_extra_token_takes_the_key_bias_out_of_the_shadow(rng):
+    """Added to all keys, the bias is invisible; added to all but one, it counts."""
+    x, dy, p = *rng.normal(size=(2, 2, 3, 4)), like(rng, multi_head.init(rng, 4))
+    *_, without = run(multi_head, dy, x, x, x, p, heads=2)
+    *_, with_one = run(multi_head, dy, x, x, x, p, heads=2, add_zero_attn=True)
+    assert np.abs(without.k.bias).max() < 1e-14 and np.abs(with_one.k.bias).max() > 1e-3
+
+
+def test_initial_extra_tokens():
+    p = multi_head.init(np.random.default_rng(0), 400, bias_kv=True)
+    assert all(0.9 < token.std() * 20 < 1.1 for token in (p.bias_k, p.bias_v))
+    assert multi_head.init(np.random.default_rng(0), 4)[4:] == (None, None)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kdim, vdim", [(6, 6), (5, 3)])
+def test_layout_of_torch(rng, bias, kdim, vdim):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    options = {"bias": bias, "add_bias_kv": True, "add_zero_attn": True, "kdim": kdim, "vdim": vdim}
+    module = torch.nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for w in module.parameters():
+            w.copy_(torch.tensor(rng.normal(size=w.shape)))
+    arrays = [rng.normal(size=(2, tokens, width)) for tokens, width in ((3, 6), (4, kdim), (4, vdim))]
+    dy = rng.normal(size=(2, 3, 6))
+    inputs = [torch.tensor(a, requires_grad=True) for a in arrays]
+    out, weights = module(*inputs)
+    out.backward(torch.tensor(dy))
+    state = {name: w.numpy() for name, w in module.state_dict().items()}
+    params = layouts.multi_head_from_torch(state)
+    y, *grads, dparams = run(multi_head, dy, *arrays, params, heads=2, add_zero_attn=True)
+    same((y, *grads), (out.detach().numpy(), *(x.grad.numpy() for x in inputs)))
+    _, saved = multi_head.forward(*arrays, params, heads=2, add_zero_attn=True)
+    same(saved.attn.mean(axis=1), weights.detach().numpy())
+    back, gradients = layouts.multi_head_to_torch(params), layouts.multi_head_to_torch(dparams)
+    assert back.keys() == gradients.keys() == state.keys()
+    for name, w in module.named_parameters():
+        assert np.array_equal(back[name], state[name])
+        same(gradients[name], w.grad.numpy())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layout_of_kernels(rng, bias):
+    """Every kernel is used as Keras and flax use it, in an einsum."""
+    heads, params = 3, like(rng, multi_head.init(rng, 6, key_features=4, value_features=5, bias=bias))
+    query, key, value, (out, out_bias) = pairs = layouts.multi_head_to_kernels(params, heads)
+    q, k, v, dy = (rng.normal(size=(2, 3, n)) for n in (6, 4, 5, 6))
+
+    def projected(x, kernel, b):
+        y = np.einsum("btf,fhd->bthd", x, kernel)
+        return y if b is None else y + b
+
+    scores = np.einsum("bihd,bjhd->bhij", projected(q, *query), projected(k, *key)) / np.sqrt(2)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    mixed = np.einsum("bhij,bjhe->bihe", weights, projected(v, *value))
+    expected = np.einsum("bihe,heo->bio", mixed, out) + (0 if out_bias is None else out_bias)
+    same(run(multi_head, dy, q, k, v, params, heads=heads)[0], expected)
+    same(layouts.multi_head_from_kernels(*pairs), params)
+    assert query[0].shape == (6, 3, 2) and out.shape == (3, 2, 6) and (query[1] is None) == (not bias)

@@ -23,14 +23,13 @@ FAULTS = {
 }
 
 ALWAYS_ZERO = {  # gradients that no factor can spoil: what must be noticed is something made of nothing
-    ("multi_head", "3.k.bias"): "it adds the same to all scores of a query, which softmax does not see",
-    ("transformer_encoder_layer", "1.attention.k.bias"): "as in multi_head",
-    ("transformer_decoder_layer", "2.attention.k.bias"): "as in multi_head",
-    ("transformer_decoder_layer", "2.cross_attention.k.bias"): "as in multi_head",
+    ("transformer_encoder_layer", "1.attention.k.bias"): "it adds the same to all scores, which softmax does not see",
+    ("transformer_decoder_layer", "2.attention.k.bias"): "as in transformer_encoder_layer",
+    ("transformer_decoder_layer", "2.cross_attention.k.bias"): "as in transformer_encoder_layer",
     ("additive", "2.b"): "it adds the same to all scores, which softmax does not see",
     ("additive_decoder", "3.attention.b"): "as in additive",
-    ("position", "1.key.bias"): "as in multi_head",
-    ("region_non_local", "1.phi.bias"): "as in multi_head",
+    ("position", "1.key.bias"): "as in transformer_encoder_layer",
+    ("region_non_local", "1.phi.bias"): "as in transformer_encoder_layer",
 }
 
 

@@ -218,9 +218,18 @@ def recurrent(x, state, params, *, direction):
     return y, final
 
 
-def multi_head_attention(q, k, v, params, *, heads, mask, key_mask, is_causal):
+def multi_head_attention(q, k, v, params, *, heads, mask, key_mask, is_causal, add_zero_attn):
     weights = _attention_weights(params)
-    module = nn.MultiheadAttention(q.shape[-1], heads, bias="in_proj_bias" in weights, batch_first=True)
+    module = nn.MultiheadAttention(
+        q.shape[-1],
+        heads,
+        bias="in_proj_bias" in weights,
+        add_bias_kv="bias_k" in weights,
+        add_zero_attn=add_zero_attn,
+        kdim=k.shape[-1],
+        vdim=v.shape[-1],
+        batch_first=True,
+    )
     allowed = torch.ones(q.shape[0], heads, q.shape[1], k.shape[1], dtype=torch.bool) if mask is None else mask
     if is_causal:
         allowed = allowed.tril()
@@ -233,24 +242,32 @@ def multi_head_attention(q, k, v, params, *, heads, mask, key_mask, is_causal):
 
 
 def _attention_weights(params):
-    """By torch's names: the first three projections one below the other."""
-    (wq, bq), (wk, bk), (wv, bv), (wo, bo) = params
-    weights = {"in_proj_weight": torch.cat([wq, wk, wv]), "out_proj.weight": wo}
-    return weights if bq is None else weights | {"in_proj_bias": torch.cat([bq, bk, bv]), "out_proj.bias": bo}
+    """By torch's names: the first three projections one below the other, if they have as many inputs."""
+    (wq, bq), (wk, bk), (wv, bv), (wo, bo), bias_k, bias_v = params
+    if wq.shape == wk.shape == wv.shape:
+        weights = {"in_proj_weight": torch.cat([wq, wk, wv]), "out_proj.weight": wo}
+    else:
+        weights = {"q_proj_weight": wq, "k_proj_weight": wk, "v_proj_weight": wv, "out_proj.weight": wo}
+    if bq is not None:
+        weights |= {"in_proj_bias": torch.cat([bq, bk, bv]), "out_proj.bias": bo}
+    return weights if bias_k is None else weights | {"bias_k": bias_k[None, None], "bias_v": bias_v[None, None]}
 
 
 def multi_head_example(draw):
-    """As many features everywhere, biases for all or none."""
+    """As many features inside as outside, biases for all or none."""
     heads = draw.choice("heads", 1, 2, 3)
     features, b, queries, keys = heads * draw.size("E / heads"), draw.size("B"), draw.size("Q"), draw.size("K")
-    params = multi_head.init(draw.rng, features, bias=draw.choice("bias", True, False))
+    f, g = draw.choice("F and G", (features, features), (draw.size("F"), draw.size("G")))
+    biases = {"bias": draw.choice("bias", True, False), "bias_kv": draw.choice("learned token", False, True)}
+    params = multi_head.init(draw.rng, features, key_features=f, value_features=g, **biases)
     options = {
         "heads": heads,
         "mask": draw.mask(b, heads, queries, keys) if draw.choice("masked", False, True) else None,
         "key_mask": draw.mask(b, keys) if draw.choice("padded", False, True) else None,
         "is_causal": draw.choice("is_causal", False, True),
+        "add_zero_attn": draw.choice("add_zero_attn", False, True),
     }
-    shapes = (b, queries, features), (b, keys, features), (b, keys, features)
+    shapes = (b, queries, features), (b, keys, f), (b, keys, g)
     return Call((*(draw.array(*shape) for shape in shapes), draw.like(params)), options)
 
 

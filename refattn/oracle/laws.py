@@ -360,7 +360,8 @@ def mask_is_truncation(mechanism, call, rng):
     if count == 1:
         return
     mask = call.options["mask"]
-    mask = np.ones(_weights(mechanism, call).shape, bool) if mask is None else mask.copy()
+    shape = (*_weights(mechanism, call).shape[:-1], count)  # the map may have more columns: of keys that are learned
+    mask = np.ones(shape, bool) if mask is None else mask.copy()
     mask[..., -1] = False
     masked = Call(call.args, call.options | {"mask": mask})
 
