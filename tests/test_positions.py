@@ -44,20 +44,20 @@ def rotated(x, positions, frequencies, pairing="interleaved"):
     return rotary.forward(x, cos, sin, pairing=pairing)[0]
 
 
+RULES = {
+    "plain": lambda: rotary.frequencies(8),
+    "partial": lambda: rotary.frequencies(6, base=100.0),
+    "linear": lambda: rotary.linear(8, 4.0),
+    "ntk": lambda: rotary.ntk(8, 4.0),
+    "yarn": lambda: rotary.yarn(8, 4.0, 64),
+    "llama3": lambda: rotary.llama3(8, 8.0, 64),
+}
+
+
 @pytest.mark.parametrize("pairing", rotary.PAIRINGS)
-@pytest.mark.parametrize(
-    "frequencies",
-    [
-        rotary.frequencies(8),
-        rotary.frequencies(6, base=100.0),
-        rotary.linear(8, 4.0),
-        rotary.ntk(8, 4.0),
-        rotary.yarn(8, 4.0, 64),
-        rotary.llama3(8, 8.0, 64),
-    ],
-    ids=["plain", "partial", "linear", "ntk", "yarn", "llama3"],
-)
-def test_rotary_scores_see_differences_of_positions_only(rng, pairing, frequencies):
+@pytest.mark.parametrize("rule", RULES)
+def test_rotary_scores_see_differences_of_positions_only(rng, pairing, rule):
+    frequencies = RULES[rule]()
     q, k = rng.normal(size=(2, 3, 5, 8)), rng.normal(size=(2, 3, 4, 8))
     at_q, at_k = rng.integers(0, 100, 5), rng.integers(0, 100, 4)
     scores = [
@@ -142,11 +142,16 @@ def test_yarn():
     close(rotary.yarn(64, 1.0, 4096), theta)
 
 
-def test_a_ramp_without_length_is_a_step():
-    """With a huge base the two ends are rounded to the same pair."""
-    theta = rotary.frequencies(4, 1e30)
-    got = rotary.yarn(4, 2.0, 1, 1e30)
-    assert set(np.round(theta / got, 9)) <= {1.0, 2.0}
+def test_the_ends_of_the_ramp_are_pairs_that_there_are():
+    """Numbered up to features - 1, as in the authors' code, though there are only half as many pairs."""
+
+    def share(features, base, length):
+        theta = rotary.frequencies(features, base)
+        return (theta - rotary.yarn(features, 2.0, length, base)) / (theta / 2)
+
+    close(share(64, 1e4, 128), np.minimum(np.arange(32) / 11, 1))  # from -2 to 11
+    close(share(8, 10.0, 640), [0, 0, 0, 1 / 5])  # from 2 to 9
+    close(share(4, 1e30, 1), [0, 1])  # from 0 to 0: a step
 
 
 def test_attention_factor():

@@ -27,8 +27,9 @@ Backward, with a bar for "gradient of the loss with respect to"
 
 Choices
     The code of all three scales the product with the key only; MViTv2's paper scales the whole: scale_bias=True.
-    r is counted in whole numbers; the code does it in float32, which may round to the next where sizes are odd
-    fractions of one another. Tables of another length are stretched linearly (align_corners=False), as in SAM.
+    r is counted in whole numbers; the code does it in float32, which may end one lower, as with 8 queries and 6 keys,
+    but not where one size divides the other. Tables of another length are stretched linearly, as in SAM (torch's
+    interpolate with align_corners=False).
     prefix is how many tokens stand before the pixels, as a class token in MViTv2: rows and columns without a bias.
     MViTv2 adds q to y afterwards (residual pooling).
 """

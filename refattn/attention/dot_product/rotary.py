@@ -30,8 +30,10 @@ Choices
     Tables of fewer than D / 2 columns turn the first features only (partial rotary). Hugging Face's tables have every
     column twice: the first half of them is wanted here. ONNX's RotaryEmbedding is cos_cache[position_ids] and
     sin_cache[position_ids], interleaved=0 "half". -sin turns the other way.
-    The functions below give the frequencies that stretch a context `factor` times. cos and sin may be multiplied by
-    a number, as YaRN does with attention_factor: the scores then get its square.
+    Every item has tables of its own: np.broadcast_to(cos, (B, T, F)) of one table for all.
+    The functions below give the frequencies that stretch a context `factor` times; LongRoPE divides frequencies(R)
+    by a factor for each. cos and sin may be multiplied by a number, as YaRN does with attention_factor: the scores
+    then get its square.
     tables multiplies in float64 and rounds cos and sin to the precision of the frequencies; frameworks that multiply
     in float32 lose 1e-3 and more of the angle at positions like 100000.
 """
@@ -106,7 +108,8 @@ def llama3(features, factor, original_length, base=500000.0, *, low=1.0, high=4.
 def attention_factor(factor, mscale=1.0):
     """What YaRN multiplies cos and sin by: 0.1 mscale ln(factor) + 1, for contexts that grow.
 
-    DeepSeek leaves cos and sin, and multiplies the scale of the scores by its square.
+    DeepSeek leaves cos and sin, and multiplies the scale of the scores by its square. Hugging Face divides that of
+    mscale by that of mscale_all_dim, where both are given.
     """
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 

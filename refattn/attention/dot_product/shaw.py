@@ -23,7 +23,7 @@ Backward, with a bar for "gradient of the loss with respect to"
 
 Choices
     The tables are shared by items and heads, as in the paper; for tables of each head, call it once per head.
-    Later models have keys only: values=None.
+    Later models have keys only: values=None. In causal models the rows after the middle are never looked up.
     offset is how many keys stand before the first query, as in decoding with a cache (K - Q in the authors' code);
     is_causal lets query i see the keys j <= i + offset. Masks are as in scaled_dot_product.
 """

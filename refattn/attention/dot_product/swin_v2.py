@@ -22,7 +22,7 @@ Backward, with a bar for "gradient of the loss with respect to"
     Pbar = Ybar V^T,        Vbar = P^T Ybar
     Sbar = P (Pbar - sum_j Pbar P)            softmax, row by row
     logit_scalebar = sum Sbar e^logit_scale q^ k^T        0 where it is clamped
-    q^bar = e^... Sbar k^,  k^bar = e^... Sbar^T q^
+    q^bar = e^min(...) Sbar k^,               k^bar = e^min(...) Sbar^T q^
     qbar = (q^bar - q^ (q^ . q^bar)) / |q|    and kbar likewise
     tablebar_nh = sum over the pairs of pixels with offset n of Sbar, then sigmoid and the two layers
 
