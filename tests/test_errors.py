@@ -322,6 +322,30 @@ BAD = [
     # --- dot product
     ("grouped_query", options(order="strided"), "order is 'strided', expected one of repeat_interleave, tile"),
     ("grouped_query", args(lambda q, k, v: (q, k[:, :0], v[:, :0])), "expected a divisor of H ="),
+    ("grouped_query_layer", options(heads=0), "heads is 0, expected a positive int"),
+    ("grouped_query_layer", options(key_heads=0), "key_heads is 0, expected a positive int"),
+    ("grouped_query_layer", options(key_heads=97), "key_heads is 97, expected a divisor of heads ="),
+    ("grouped_query_layer", options(heads=94, key_heads=1), "heads is 94, expected a divisor of"),
+    (
+        "grouped_query_layer",
+        params(lambda p: p._replace(k=tree_map(lambda a: a.repeat(2, 0), p.k))),
+        "params.k.weight.shape is",
+    ),
+    (
+        "grouped_query_layer",
+        params(lambda p: p._replace(v=tree_map(lambda a: a[:1], p.v)), given("key_heads", 2)),
+        "key_heads is 2, expected a divisor of 1, from params.v.weight",
+    ),
+    (
+        "grouped_query_layer",
+        params(lambda p: p._replace(out=p.out._replace(weight=p.out.weight.repeat(2, 1)))),
+        "params.out.weight.shape is",
+    ),
+    (
+        "grouped_query_layer",
+        lambda c: options(mask=c.options["mask"].repeat(2, 1))(c) if c.options["mask"] is not None else None,
+        "mask.shape is",
+    ),
     ("multi_head", options(heads=0), "heads is 0, expected a positive int"),
     ("multi_head", options(heads=97), "heads is 97, expected a divisor of"),
     ("multi_head", args(lambda q, *a: (q.repeat(2, 2), *a), lambda c: c.args[3].q is None), "features of q is"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refattn import layouts
-from refattn.attention.dot_product import grouped_query, multi_head, scaled_dot_product
+from refattn.attention.dot_product import grouped_query, grouped_query_layer, multi_head, scaled_dot_product
 from refattn.core import leaves, tree_map
 from refattn.primitives import linear
 
@@ -60,6 +60,37 @@ def test_tile_is_the_other_order_with_query_heads_reordered(rng):
     dealt = [0, 3, 1, 4, 2, 5]  # heads 0 and 3 share, 1 and 4, 2 and 5
     y, dq, dk, dv = run(grouped_query, dy, q, k, v, order="tile")
     same((y[:, dealt], dq[:, dealt], dk, dv), run(grouped_query, dy[:, dealt], q[:, dealt], k, v))
+
+
+def test_a_grouped_layer_with_as_many_key_heads_is_multi_head(rng):
+    q, k, v, dy = (rng.normal(size=(2, n, f)) for n, f in ((3, 6), (5, 4), (5, 3), (3, 6)))
+    p = like(rng, multi_head.init(rng, 6, key_features=4, value_features=3))
+    mask, key_mask = rng.random((2, 3, 3, 5)) < 0.7, rng.random((2, 5)) < 0.7
+    for options in ({"mask": mask, "is_causal": True}, {"key_mask": key_mask}):
+        *expected, dp = run(multi_head, dy, q, k, v, p, heads=3, **options)
+        same_heads = grouped_query_layer.from_multi_head(p, 3, 3)
+        *got, dg = run(grouped_query_layer, dy, q, k, v, same_heads, heads=3, key_heads=3, **options)
+        same((*got, *dg), (*expected, *dp[:4]))
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_key_heads_that_are_alike_are_one(rng, key_heads):
+    """Multi-head attention whose key and value heads repeat is the grouped layer made of it, which means them."""
+    q, k, v, dy = (rng.normal(size=(2, n, 8)) for n in (3, 5, 5, 3))
+    grouped = like(rng, grouped_query_layer.init(rng, 8, 4, key_heads, bias=True))
+
+    def repeated(x):
+        heads = np.split(x, key_heads)
+        return np.concatenate([head for head in heads for _ in range(4 // key_heads)])
+
+    many = multi_head.Params(grouped.q, *(tree_map(repeated, p) for p in grouped[1:3]), grouped.out)
+    same(grouped_query_layer.from_multi_head(many, 4, key_heads), grouped)
+    *got, dg = run(grouped_query_layer, dy, q, k, v, grouped, heads=4, key_heads=key_heads)
+    *expected, dm = run(multi_head, dy, q, k, v, many, heads=4)
+    same(tuple(got), tuple(expected))
+    means = grouped_query_layer.from_multi_head(dm, 4, key_heads)
+    same((dg.q, dg.out), (dm.q, dm.out))
+    same((dg.k, dg.v), tree_map(lambda mean: mean * (4 // key_heads), (means.k, means.v)))  # a sum
 
 
 # --- multi-head: extra tokens, missing projections, the layouts of others -------------------------------------
