@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 
 from refattn import layouts
-from refattn.attention.dot_product import grouped_query, grouped_query_layer, multi_head, scaled_dot_product
+from refattn.attention.dot_product import (
+    grouped_query,
+    grouped_query_layer,
+    latent,
+    multi_head,
+    rotary,
+    scaled_dot_product,
+)
 from refattn.core import leaves, tree_map
-from refattn.primitives import linear
+from refattn.primitives import linear, rms_norm
 
 
 @pytest.fixture(params=range(3), ids="seed{}".format)
@@ -188,3 +195,89 @@ def test_layout_of_kernels(rng, bias):
     same(run(multi_head, dy, q, k, v, params, heads=heads)[0], expected)
     same(layouts.multi_head_from_kernels(*pairs), params)
     assert query[0].shape == (6, 3, 2) and out.shape == (3, 2, 6) and (query[1] is None) == (not bias)
+
+
+# --- multi-head latent attention ----------------------------------------------------------------------------
+
+
+def latent_call(rng, q_rank, biased=False, *, b=2, tokens=5, pairs=2):
+    sizes = {"q_rank": q_rank, "kv_rank": 4, "nope": 3, "rope": 2 * pairs, "value": 2}
+    params = like(rng, latent.init(rng, 6, 3, **sizes))
+    if biased:
+        params = params._replace(kv_down=params.kv_down._replace(bias=rng.normal(size=4 + 2 * pairs)))
+    positions = np.broadcast_to(np.arange(tokens), (b, tokens))
+    tables = rotary.tables(positions, rotary.frequencies(2 * pairs))
+    return rng.normal(size=(b, tokens, 6)), *tables, params
+
+
+@pytest.mark.parametrize("q_rank", [None, 5])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+def test_absorbed_is_expanded(rng, q_rank, masked, is_causal, pairing):
+    args, dy = latent_call(rng, q_rank, biased=masked), rng.normal(size=(2, 5, 6))
+    mask = rng.random((2, 3, 5, 5)) < 0.7 if masked else None
+    options = {"heads": 3, "mask": mask, "is_causal": is_causal, "pairing": pairing, "scale": 0.7 if masked else None}
+    expanded, absorbed = (run(latent, dy, *args, form=form, **options) for form in ("expanded", "absorbed"))
+    same(absorbed, expanded)
+
+
+def test_latent_attention_without_angles_is_multi_head_attention_of_the_latents(rng):
+    """cos = 1, sin = 0, and a shared key of zeros: what is left are projections of x and of the latent."""
+    x, cos, sin, p = latent_call(rng, None)
+    cos, sin = np.ones_like(cos), np.zeros_like(sin)
+    weight = p.kv_down.weight.copy()
+    weight[4:] = 0
+    p = p._replace(kv_down=linear.Params(weight))
+    y, _ = latent.forward(x, cos, sin, p, heads=3, scale=0.3**0.5, is_causal=False)
+    c, _ = rms_norm.forward(x @ weight[:4].T, p.kv_norm)
+    of_head = p.q_up.reshape(3, 7, 6)[:, :3], *np.split(p.kv_up.reshape(3, 5, 4), [3], axis=1)
+    q, k, v = (linear.Params(w.reshape(-1, w.shape[-1])) for w in of_head)
+    q = linear.Params(q.weight * 0.9**0.5)  # multi_head divides by the root of 3 features
+    same(y, multi_head.forward(x, c, c, multi_head.Params(q, k, v, p.out), heads=3)[0])
+
+
+def deepseek(torch, x, cos, sin, p, heads):
+    """The authors' module restated with tensors: complex rotations, one einsum for the scores of either part."""
+
+    def norm(z, gamma):
+        return z * torch.rsqrt((z * z).mean(-1, keepdim=True) + 1e-6) * gamma
+
+    def turned(z):  # (b, t, h, 2 F)
+        pairs = torch.complex(z[..., 0::2], z[..., 1::2])
+        return torch.view_as_real(pairs * torch.complex(cos, sin)[:, :, None]).flatten(3)
+
+    rank, rotated = p.kv_up.shape[1], 2 * cos.shape[-1]
+    z = x if p.q_down is None else norm(x @ p.q_down.weight.T, p.q_norm.gamma)
+    q = (z @ p.q_up.T).unflatten(-1, (heads, -1))
+    plain, rope = q[..., :-rotated], turned(q[..., -rotated:])
+    kv = x @ p.kv_down.weight.T
+    kv = kv if p.kv_down.bias is None else kv + p.kv_down.bias
+    key = turned(kv[..., None, rank:])[:, :, 0]
+    made = (norm(kv[..., :rank], p.kv_norm.gamma) @ p.kv_up.T).unflatten(-1, (heads, -1))
+    k, v = made[..., : plain.shape[-1]], made[..., plain.shape[-1] :]
+    scores = torch.einsum("bshd,bthd->bsht", plain, k) + torch.einsum("bshr,btr->bsht", rope, key)
+    scores = scores / (plain.shape[-1] + rotated) ** 0.5
+    future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()[:, None]
+    y = torch.einsum("bsht,bthd->bshd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+    return y.flatten(2) @ p.out.weight.T
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("q_rank", [None, 5])
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_latent_attention_in_torch(rng, q_rank, form):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    args, dy = latent_call(rng, q_rank, biased=True), rng.normal(size=(2, 5, 6))
+    tensors = tree_map(lambda a: torch.tensor(a, requires_grad=True), args)
+    y = deepseek(torch, *tensors, heads=3)
+    y.backward(torch.tensor(dy))
+    grads = tree_map(lambda t: t.grad.numpy(), tensors)
+    same(run(latent, dy, *args, heads=3, form=form), (y.detach().numpy(), *grads))
+
+
+def test_initial_weights_of_latent_attention():
+    p = latent.init(np.random.default_rng(0), 8, 2, q_rank=3, kv_rank=5, nope=4, rope=2, value=6)
+    shapes = [x.shape for _, x in leaves(p)]
+    assert shapes == [(3, 8), (3,), (12, 3), (7, 8), (5,), (20, 5), (8, 12)]
+    assert latent.init(np.random.default_rng(0), 8, 2, q_rank=None).q_up.shape == (2 * 192, 8)
