@@ -11,6 +11,7 @@ from refattn.attention.dot_product import (
     multi_head,
     rotary,
     scaled_dot_product,
+    talking_heads,
 )
 from refattn.core import leaves, tree_map
 from refattn.primitives import linear, rms_norm
@@ -281,3 +282,41 @@ def test_initial_weights_of_latent_attention():
     shapes = [x.shape for _, x in leaves(p)]
     assert shapes == [(3, 8), (3,), (12, 3), (7, 8), (5,), (20, 5), (8, 12)]
     assert latent.init(np.random.default_rng(0), 8, 2, q_rank=None).q_up.shape == (2 * 192, 8)
+
+
+# --- talking heads ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_heads_that_talk_to_themselves_are_plain_heads(rng, is_causal):
+    q, k, v = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(2, 3, 6, 5)), rng.normal(size=(2, 3, 6, 2))
+    dy, mask = rng.normal(size=(2, 3, 4, 2)), rng.random((2, 4, 6)) < 0.7
+    alone = talking_heads.Params(linear.Params(np.eye(3)), linear.Params(np.eye(3)))
+    options = {"is_causal": is_causal, "scale": 0.3}
+    *got, _ = run(talking_heads, dy, q, k, v, alone, mask=mask, **options)
+    expected = run(scaled_dot_product, dy, q, k, v, mask=mask[:, None].repeat(3, axis=1), **options)
+    same(tuple(got), expected)
+    order = np.eye(3)[[1, 2, 0]]  # heads change places before the softmax, and change them back after it
+    moved = talking_heads.Params(linear.Params(order), linear.Params(order.T))
+    same(tuple(run(talking_heads, dy, q, k, v, moved, mask=mask, **options)[:4]), expected)
+
+
+def test_talking_heads_in_einsums(rng):
+    """As in the paper's figure, with three different numbers of heads; a masked key is as good as none."""
+    q, k, v = rng.normal(size=(2, 2, 4, 5)), rng.normal(size=(2, 2, 6, 5)), rng.normal(size=(2, 4, 6, 3))
+    p = like(rng, talking_heads.init(rng, 2, 3, 4, bias=True))
+    scores = np.einsum("bind,bimd,hi->bhnm", q, k, p.pre.weight) / 5**0.5 + p.pre.bias[:, None, None]
+    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    mixed = np.einsum("bhnm,oh->bonm", weights, p.post.weight) + p.post.bias[:, None, None]
+    same(talking_heads.forward(q, k, v, p)[0], np.einsum("bonm,bome->bone", mixed, v))
+    dy, mask = rng.normal(size=(2, 4, 4, 3)), np.ones((2, 4, 6), bool)
+    mask[:, :, 4:] = False
+    y, dq, dk, dv, dp = run(talking_heads, dy, q, k, v, p, mask=mask)
+    same((y, dq, dk[:, :, :4], dv[:, :, :4], dp), run(talking_heads, dy, q, k[:, :, :4], v[:, :, :4], p))
+    assert not dk[:, :, 4:].any() and not dv[:, :, 4:].any()
+
+
+def test_initial_weights_of_talking_heads():
+    p = talking_heads.init(np.random.default_rng(0), 2, 3, 4, bias=True)
+    assert [x.shape for _, x in leaves(p)] == [(3, 2), (3,), (4, 3), (4,)]
+    assert [x.shape for _, x in leaves(talking_heads.init(np.random.default_rng(0), 2))] == [(2, 2), (2, 2)]

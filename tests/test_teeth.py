@@ -27,6 +27,7 @@ ALWAYS_ZERO = {  # gradients that no factor can spoil: what must be noticed is s
     ("transformer_decoder_layer", "2.attention.k.bias"): "as in transformer_encoder_layer",
     ("transformer_decoder_layer", "2.cross_attention.k.bias"): "as in transformer_encoder_layer",
     ("grouped_query_layer", "3.k.bias"): "as in transformer_encoder_layer",
+    ("talking_heads", "3.pre.bias"): "it adds the same to all scores of a query, which softmax does not see",
     ("additive", "2.b"): "it adds the same to all scores, which softmax does not see",
     ("additive_decoder", "3.attention.b"): "as in additive",
     ("position", "1.key.bias"): "as in transformer_encoder_layer",
