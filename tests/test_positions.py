@@ -157,6 +157,7 @@ def test_the_ends_of_the_ramp_are_pairs_that_there_are():
 def test_attention_factor():
     assert rotary.attention_factor(0.5) == rotary.attention_factor(1) == 1
     close(rotary.attention_factor(40.0), 0.1 * math.log(40) + 1)
+    close(rotary.attention_factor(1.5), 0.1 * math.log(1.5) + 1)
     close(rotary.attention_factor(math.e, 0.707), 1.0707)
 
 
@@ -302,6 +303,14 @@ def test_buckets_of_t5():
     assert causal[0, 0, 1] == causal[0, 0, 0] == 0
     first = [np.flatnonzero(causal[0, :, 0] == b)[0] for b in range(32)]
     assert first == [*range(16), *(math.ceil(16 * 8 ** (k / 16) - 1e-9) for k in range(16))]
+
+
+@pytest.mark.parametrize("queries, keys", [(0, 3), (3, 0)])
+def test_there_may_be_no_queries_or_no_keys(queries, keys):
+    for mechanism, parameter in ((alibi, np.ones(2)), (t5_bias, np.ones((8, 2)))):
+        bias, saved = mechanism.forward(parameter, queries=queries, keys=keys)
+        assert bias.shape == (2, queries, keys)
+        assert not mechanism.backward(bias, saved)[0].any()
 
 
 def test_swin_bias_is_the_table_turned_around_the_query():

@@ -89,6 +89,8 @@ def yarn(features, factor, original_length, base=10000.0, *, beta_slow=1.0, beta
         if ramp == "rounded":
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, features - 1)
+        some = "a length in which some pair turns from beta_slow to beta_fast times"
+        expect(first <= last, "rotary.yarn: original_length", original_length, some)
         if first == last:
             last += 0.001
         keep = 1 - np.clip((np.arange(features // 2) - first) / (last - first), 0, 1)
