@@ -54,6 +54,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "grouped_query_layer": {"is_causal": False},
     "latent": {"form": "expanded", "pairing": "interleaved", "is_causal": True, "eps": 1e-6},
     "talking_heads": {"is_causal": False},
+    "differential": {"is_causal": False, "eps": 1e-5},
     "multi_head": {"is_causal": False, "add_zero_attn": False},
     "dot_product_attention": {"is_causal": None, "q_offset": None, "dropout_p": 0.0, "return_lse": False},
     "scaled_dot_product": {"scale": None, "is_causal": False},

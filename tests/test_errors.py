@@ -369,6 +369,7 @@ BAD = [
     ),
     ("talking_heads", options(scale=np.nan), "scale is nan, expected a finite number, or None"),
     ("talking_heads", args(lambda q, k, v, p: (q[..., :0], k[..., :0], v, p)), "expected at least one feature"),
+    ("differential", options(lambda_init=np.inf), "lambda_init is inf, expected a finite number"),
     ("multi_head", options(heads=0), "heads is 0, expected a positive int"),
     ("multi_head", options(heads=97), "heads is 97, expected a divisor of"),
     ("multi_head", args(lambda q, *a: (q.repeat(2, 2), *a), lambda c: c.args[3].q is None), "features of q is"),
@@ -571,7 +572,10 @@ HELPERS = [  # functions beside forward that are called for themselves: a bad ca
     (lambda: rotary.frequencies(3), "rotary.frequencies: features is 3, expected a positive even int"),
     (lambda: rotary.ntk(2, 8.0), "rotary.ntk: features is 2, expected more than 2"),
     (lambda: rotary.yarn(8, 4.0, 64, ramp="cubic"), "rotary.yarn: ramp is 'cubic', expected 'rounded', 'unrounded' or"),
-    (lambda: rotary.yarn(8, 4.0, 1), "rotary.yarn: original_length is 1, expected a length in which some pair turns"),
+    (
+        lambda: rotary.yarn(8, 4.0, 0.1),
+        "rotary.yarn: original_length is 0.1, expected a length in which some pair turns",
+    ),
     (lambda: rotary.yarn(8, 4.0, 1e12), "rotary.yarn: original_length is 1000000000000.0, expected a length in which"),
     (lambda: rotary.yarn(8, 4.0, 64, beta_slow=32.0), "rotary.yarn: beta_slow is 32.0, expected less than beta_fast"),
 ]

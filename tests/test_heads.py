@@ -5,6 +5,7 @@ import pytest
 
 from refattn import layouts
 from refattn.attention.dot_product import (
+    differential,
     grouped_query,
     grouped_query_layer,
     latent,
@@ -320,3 +321,58 @@ def test_initial_weights_of_talking_heads():
     p = talking_heads.init(np.random.default_rng(0), 2, 3, 4, bias=True)
     assert [x.shape for _, x in leaves(p)] == [(3, 2), (3,), (4, 3), (4,)]
     assert [x.shape for _, x in leaves(talking_heads.init(np.random.default_rng(0), 2))] == [(2, 2), (2, 2)]
+
+
+# --- differential attention ---------------------------------------------------------------------------------
+
+
+def differential_call(rng):
+    q, k, v = rng.normal(size=(2, 3, 2, 4, 5)), rng.normal(size=(2, 3, 2, 6, 5)), rng.normal(size=(2, 3, 6, 4))
+    return q, k, v, like(rng, differential.init(rng, 5, value_features=4)), rng.normal(size=(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_differential_attention_with_lambda_zero_is_one_softmax_normed(rng, is_causal):
+    q, k, v, p, dy = differential_call(rng)
+    p, mask = differential.Params(*np.zeros((4, 5)), p.norm), rng.random((2, 3, 4, 6)) < 0.7
+    y, dq, dk, dv, dp = run(differential, dy, q, k, v, p, lambda_init=0.0, mask=mask, is_causal=is_causal)
+    o, saved = scaled_dot_product.forward(q[:, :, 0], k[:, :, 0], v, mask=mask, is_causal=is_causal)
+    z, saved_norm = rms_norm.forward(o, p.norm, eps=1e-5)
+    do, dnorm = rms_norm.backward(dy, saved_norm)
+    same((y, dq[:, :, 0], dk[:, :, 0], dv, dp.norm), (z, *scaled_dot_product.backward(do, saved), dnorm))
+    assert not dq[:, :, 1].any() and not dk[:, :, 1].any()
+
+
+def test_what_both_maps_see_alike_is_scaled_away(rng):
+    """With equal maps O = (1 - lambda) P V, of which the norm leaves the sign."""
+    q, k, v, p, _ = differential_call(rng)
+    q[:, :, 1], k[:, :, 1] = q[:, :, 0], k[:, :, 0]
+    p = p._replace(lambda_q1=0 * p.lambda_q1, lambda_q2=0 * p.lambda_q2)
+    one, _ = scaled_dot_product.forward(q[:, :, 0], k[:, :, 0], v)
+    for initial, sign in ((0.3, 1), (1.7, -1)):
+        y, saved = differential.forward(q, k, v, p, lambda_init=initial, eps=0.0)
+        same(y, sign * (1 - initial) * rms_norm.forward(one, p.norm, eps=0.0)[0])
+        same(saved.attn.sum(axis=-1), np.full((2, 3, 4), 1 - initial))
+
+
+def test_lambda_init_of_the_first_layers():
+    same(
+        np.array([differential.lambda_init(layer) for layer in (0, 1, 1000)]), np.array([0.2, 0.3555090676, 0.8]), 1e-9
+    )
+
+
+@pytest.mark.frameworks
+def test_differential_attention_in_torch(rng):
+    """The authors' module after its projections, restated: 2 H heads in one axis, the pair of a head side by side."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    q, k, v, p, dy = differential_call(rng)
+    tensors = tree_map(lambda a: torch.tensor(a, requires_grad=True), (q, k, v, p))
+    tq, tk, tv, tp = tensors
+    scores = (tq.flatten(1, 2) @ tk.flatten(1, 2).mT) / 5**0.5
+    future = torch.ones(4, 6).triu(1).bool()
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1).unflatten(1, (3, 2))
+    lam = torch.exp(tp.lambda_q1 @ tp.lambda_k1) - torch.exp(tp.lambda_q2 @ tp.lambda_k2) + 0.6
+    o = torch.nn.functional.rms_norm((weights[:, :, 0] - lam * weights[:, :, 1]) @ tv, (4,), tp.norm.gamma, 1e-5) * 0.4
+    o.backward(torch.tensor(dy))
+    got = run(differential, dy, q, k, v, p, lambda_init=0.6, is_causal=True)
+    same(got, (o.detach().numpy(), *tree_map(lambda t: t.grad.numpy(), tensors)))
