@@ -370,6 +370,13 @@ BAD = [
     ("talking_heads", options(scale=np.nan), "scale is nan, expected a finite number, or None"),
     ("talking_heads", args(lambda q, k, v, p: (q[..., :0], k[..., :0], v, p)), "expected at least one feature"),
     ("differential", options(lambda_init=np.inf), "lambda_init is inf, expected a finite number"),
+    ("qk_norm", options(norm="batch"), "norm is 'batch', expected one of rms, layer, l2"),
+    ("qk_norm", options(order="never"), "order is 'never', expected one of norm_first, rotary_first"),
+    (
+        "qk_norm",
+        lambda c: options(norm="l2")(c) if c.args[3].q is not None and c.args[3].q.beta is not None else None,
+        "expected None for norm='l2'",
+    ),
     ("multi_head", options(heads=0), "heads is 0, expected a positive int"),
     ("multi_head", options(heads=97), "heads is 97, expected a divisor of"),
     ("multi_head", args(lambda q, *a: (q.repeat(2, 2), *a), lambda c: c.args[3].q is None), "features of q is"),

@@ -10,12 +10,13 @@ from refattn.attention.dot_product import (
     grouped_query_layer,
     latent,
     multi_head,
+    qk_norm,
     rotary,
     scaled_dot_product,
     talking_heads,
 )
 from refattn.core import leaves, tree_map
-from refattn.primitives import linear, rms_norm
+from refattn.primitives import layer_norm, linear, rms_norm
 
 
 @pytest.fixture(params=range(3), ids="seed{}".format)
@@ -376,3 +377,79 @@ def test_differential_attention_in_torch(rng):
     o.backward(torch.tensor(dy))
     got = run(differential, dy, q, k, v, p, lambda_init=0.6, is_causal=True)
     same(got, (o.detach().numpy(), *tree_map(lambda t: t.grad.numpy(), tensors)))
+
+
+# --- normalised queries and keys ----------------------------------------------------------------------------
+
+
+def qk_norm_call(rng, beta=False, logit_scale=None):
+    q, k, v = rng.normal(size=(2, 3, 4, 6)), rng.normal(size=(2, 3, 5, 6)), rng.normal(size=(2, 3, 5, 2))
+    p = like(rng, qk_norm.init(rng, 6, 3, beta=beta, logit_scale=logit_scale))
+    at_q, at_k = (rotary.tables(np.broadcast_to(np.arange(n), (2, n)), rotary.frequencies(6)) for n in (4, 5))
+    return q, k, v, p, qk_norm.Rotary(*at_q, *at_k), rng.normal(size=(2, 3, 4, 2))
+
+
+@pytest.mark.parametrize("order", ["norm_first", "rotary_first"])
+@pytest.mark.parametrize("norm, primitive", [("rms", rms_norm), ("layer", layer_norm)])
+def test_normalised_attention_is_its_parts_in_either_order(rng, order, norm, primitive):
+    q, k, v, p, tables, dy = qk_norm_call(rng, beta=norm == "layer")
+    steps = [
+        lambda x, part, table: primitive.forward(x, primitive.Params(*part[: 1 + (norm == "layer")]), eps=1e-6),
+        lambda x, part, table: rotary.forward(x, *table, pairing="half"),
+    ]
+    backs = [primitive.backward, rotary.backward]
+    way = (0, 1) if order == "norm_first" else (1, 0)
+    (q_saved, k_saved), ready = ([], []), []
+    for x, part, table, kept in ((q, p.q, tables[:2], q_saved), (k, p.k, tables[2:], k_saved)):
+        for step in way:
+            x, saved = steps[step](x, part, table)
+            kept.append(saved)
+        ready.append(x)
+    z, saved = scaled_dot_product.forward(*ready, v, is_causal=True)
+    dz_q, dz_k, dz_v = scaled_dot_product.backward(dy, saved)
+    for step, of_q, of_k in zip(way[::-1], q_saved[::-1], k_saved[::-1]):
+        dz_q, dz_k = backs[step](dz_q, of_q)[0], backs[step](dz_k, of_k)[0]
+    options = {"norm": norm, "order": order, "pairing": "half", "is_causal": True}
+    y, dq, dk, dv, _, _ = run(qk_norm, dy, q, k, v, p, tables, **options)
+    same((y, dq, dk, dv), (z, dz_q, dz_k, dz_v))
+
+
+def test_l2_is_rms_with_another_scale(rng):
+    q, k, v, p, tables, dy = qk_norm_call(rng, logit_scale=1.0)
+    for scale, of_rms in ((None, 1 / 6), (10.0, 10 / 6)):
+        got = run(qk_norm, dy, q, k, v, p, tables, norm="l2", scale=scale, eps=0.0)
+        same(got, run(qk_norm, dy, q, k, v, p, tables, norm="rms", scale=of_rms, eps=0.0))
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms"])
+def test_only_gamma_tells_the_orders_apart(rng, norm):
+    q, k, v, p, tables, dy = qk_norm_call(rng, logit_scale=1.0)
+    bare = p._replace(q=None, k=None)
+    same(*(run(qk_norm, dy, q, k, v, bare, tables, norm=norm, order=o)[:-1] for o in ("norm_first", "rotary_first")))
+    one, other = (qk_norm.forward(q, k, v, p, tables, norm=norm, order=o)[0] for o in ("norm_first", "rotary_first"))
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_the_length_of_queries_and_keys_does_not_matter(rng):
+    q, k, v, p, tables, _ = qk_norm_call(rng)
+    y, long = (qk_norm.forward(c * q, k / c, v, p, tables, eps=0.0)[0] for c in (1, 1000))
+    same(y, long)
+
+
+@pytest.mark.frameworks
+def test_henrys_attention_in_torch(rng):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    q, k, v, p, _, dy = qk_norm_call(rng, logit_scale=1.0)
+    p = p._replace(q=None, k=None)
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v, p.logit_scale)]
+    qn, kn = (torch.nn.functional.normalize(t, dim=-1) for t in tensors[:2])
+    y = ((tensors[3][:, None, None] * (qn @ kn.mT)).softmax(-1)) @ tensors[2]
+    y.backward(torch.tensor(dy))
+    *got, dp = run(qk_norm, dy, q, k, v, p, norm="l2", eps=0.0)
+    same((*got, dp.logit_scale), (y.detach().numpy(), *(t.grad.numpy() for t in tensors)))
+
+
+def test_initial_weights_of_qk_norm():
+    p = qk_norm.init(np.random.default_rng(0), 4, 3, beta=True, logit_scale=2)
+    same(p, qk_norm.Params(*[qk_norm.Norm(np.ones(4), np.zeros(4))] * 2, np.array([2.0, 2.0, 2.0])))
+    assert qk_norm.init(np.random.default_rng(0), 4, 3)[2] is None
