@@ -445,7 +445,7 @@ def test_henrys_attention_in_torch(rng):
     qn, kn = (torch.nn.functional.normalize(t, dim=-1) for t in tensors[:2])
     y = ((tensors[3][:, None, None] * (qn @ kn.mT)).softmax(-1)) @ tensors[2]
     y.backward(torch.tensor(dy))
-    *got, dp = run(qk_norm, dy, q, k, v, p, norm="l2", eps=0.0)
+    *got, dp, _ = run(qk_norm, dy, q, k, v, p, norm="l2", eps=0.0)
     same((*got, dp.logit_scale), (y.detach().numpy(), *(t.grad.numpy() for t in tensors)))
 
 
