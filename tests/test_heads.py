@@ -6,6 +6,7 @@ import pytest
 from refattn import layouts
 from refattn.attention.dot_product import (
     differential,
+    gated,
     grouped_query,
     grouped_query_layer,
     latent,
@@ -453,3 +454,43 @@ def test_initial_weights_of_qk_norm():
     p = qk_norm.init(np.random.default_rng(0), 4, 3, beta=True, logit_scale=2)
     same(p, qk_norm.Params(*[qk_norm.Norm(np.ones(4), np.zeros(4))] * 2, np.array([2.0, 2.0, 2.0])))
     assert qk_norm.init(np.random.default_rng(0), 4, 3)[2] is None
+
+
+# --- gates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gates", [6, 3])
+def test_a_gate_that_stands_half_open_halves_the_output(rng, gates):
+    x, dy, attention = *rng.normal(size=(2, 2, 4, 6)), like(rng, multi_head.init(rng, 6, bias=False))
+    p = gated.Params(attention, linear.Params(np.zeros((gates, 6)), np.zeros(gates)))
+    mask = rng.random((2, 4)) < 0.7
+    y, dq, dk, dv, dp = run(gated, dy, x, x, x, p, heads=3, key_mask=mask, is_causal=True)
+    expected = run(multi_head, dy / 2, x, x, x, attention, heads=3, key_mask=mask, is_causal=True)
+    same((2 * y, dq, dk, dv), (*expected[:4],))
+    same(dp.attention, expected[4])
+
+
+def test_a_gate_for_every_feature_of_a_head_is_one_for_the_head(rng):
+    x, dy, attention = *rng.normal(size=(2, 2, 4, 6)), like(rng, multi_head.init(rng, 6))
+    of_heads = linear.Params(rng.normal(size=(3, 6)), rng.normal(size=3))
+    of_features = tree_map(lambda a: a.repeat(2, axis=0), of_heads)
+    y, *grads, dp = run(gated, dy, x, x, x, gated.Params(attention, of_heads), heads=3)
+    z, *others, dq = run(gated, dy, x, x, x, gated.Params(attention, of_features), heads=3)
+    summed_gate = tree_map(lambda a: a.reshape(3, 2, *a.shape[1:]).sum(axis=1), dq.gate)
+    same((y, *grads, dp), (z, *others, gated.Params(dq.attention, summed_gate)))
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("gates", [6, 3])
+def test_gated_attention_in_torch(rng, gates):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    x, dy = rng.normal(size=(2, 2, 4, 6))
+    p = like(rng, gated.init(rng, 6, None if gates == 6 else gates))
+    tx, tp = tree_map(lambda a: torch.tensor(a, requires_grad=True), (x, p))
+    q, k, v = ((tx @ w.T + b).unflatten(-1, (3, 2)).transpose(1, 2) for w, b in tp.attention[:3])
+    z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    z = z * torch.sigmoid(tx @ tp.gate.weight.T).unflatten(-1, (3, -1))
+    y = z.flatten(2) @ tp.attention.out.weight.T + tp.attention.out.bias
+    y.backward(torch.tensor(dy))
+    out, dq, dk, dv, dp = run(gated, dy, x, x, x, p, heads=3, is_causal=True)
+    same((out, dq + dk + dv, dp), (y.detach().numpy(), tx.grad.numpy(), tree_map(lambda t: t.grad.numpy(), tp)))
