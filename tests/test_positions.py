@@ -313,6 +313,15 @@ def test_there_may_be_no_queries_or_no_keys(queries, keys):
         assert not mechanism.backward(bias, saved)[0].any()
 
 
+@pytest.mark.parametrize("buckets, bidirectional", [(8, True), (10, True), (5, False)])
+def test_the_shortest_max_distance_of_t5(buckets, bidirectional):
+    """Of 2 exact buckets, one distance more has a bucket; what lies further shares the last one."""
+    table = np.arange(float(buckets))[:, None]
+    options = {"queries": 6, "keys": 1, "bidirectional": bidirectional, "max_distance": 3}
+    last = (buckets // 2 if bidirectional else buckets) - 1
+    assert t5_bias.forward(table, **options)[0][0, :, 0].tolist() == [0, 1, 2, last, last, last]
+
+
 def test_swin_bias_is_the_table_turned_around_the_query():
     """Seen from the last pixel of a window, the table's beginning runs backwards; from the first, its end does."""
     m, w = 2, 3
@@ -397,6 +406,19 @@ def test_shaw_with_one_row_moves_all_keys_and_values(rng):
     row = shaw.Params(*rng.normal(size=(2, 1, 4)))
     expected, _ = scaled_dot_product.forward(q, k, v)
     close(shaw.forward(q, k, v, row)[0], expected + row.values)
+
+
+@pytest.mark.parametrize("clip", [1, 2, 5])
+def test_shaw_backwards_with_tables_turned_around_is_shaw(rng, clip):
+    q, k, v, dy = rng.normal(size=(4, 2, 5, 4))
+    tables = shaw.Params(*rng.normal(size=(2, 2 * clip + 1, 4)))
+    turned = shaw.Params(tables.keys[::-1], tables.values[::-1])
+    *straight, dtables = both_ways(shaw, dy, q, k, v, tables)
+    *back, dturned = both_ways(shaw, *(x[:, ::-1] for x in (dy, q, k, v)), turned)
+    for a, b in zip(back, straight):
+        close(a[:, ::-1], b)
+    for a, b in zip(dturned, dtables):
+        close(a[::-1], b)
 
 
 def test_shaw_decodes_with_an_offset(rng):
@@ -625,5 +647,5 @@ def test_initial_weights_of_swin_v2():
 def test_initial_weights_of_shaw():
     drawn = shaw.init(np.random.default_rng(0), 64)
     assert [x.shape for x in drawn] == [(33, 64), (33, 64)]
-    assert all(0.98 < np.abs(x).max() / math.sqrt(6 / 97) <= 1 for x in drawn)
+    assert all(0.98 < end / math.sqrt(6 / 97) <= 1 for x in drawn for end in (x.max(), -x.min()))
     assert shaw.init(np.random.default_rng(0), 4, 2, values=False).values is None

@@ -117,8 +117,8 @@ def _per_row(weight, x, row, rows):
 
 def example(draw):
     lead = draw.size("B", high=2), *draw.choice("heads", (), (draw.size("H", high=2),))
-    queries, keys, features, values = (draw.size(name, high=high) for name, high in zip("QKDE", (4, 4, 3, 3)))
-    rows = 2 * draw.size("c", low=0, high=3) + 1
+    queries, keys, features, values = (draw.size(name, high=high) for name, high in zip("QKDE", (4, 6, 3, 3)))
+    rows = 2 * draw.size("c", low=0, high=2) + 1
     with_values = draw.choice("table of values", True, False)
     params = Params(draw.array(rows, features), draw.array(rows, values) if with_values else None)
     options = {
