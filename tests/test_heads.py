@@ -5,11 +5,14 @@ import pytest
 
 from refattn import layouts
 from refattn.attention.dot_product import (
+    attention_pool,
+    class_attention,
     differential,
     gated,
     grouped_query,
     grouped_query_layer,
     latent,
+    latent_pool,
     multi_head,
     qk_norm,
     rotary,
@@ -17,7 +20,7 @@ from refattn.attention.dot_product import (
     talking_heads,
 )
 from refattn.core import leaves, tree_map
-from refattn.primitives import layer_norm, linear, rms_norm
+from refattn.primitives import feed_forward, layer_norm, linear, rms_norm
 
 
 @pytest.fixture(params=range(3), ids="seed{}".format)
@@ -494,3 +497,78 @@ def test_gated_attention_in_torch(rng, gates):
     y.backward(torch.tensor(dy))
     out, dq, dk, dv, dp = run(gated, dy, x, x, x, p, heads=3, is_causal=True)
     same((out, dq + dk + dv, dp), (y.detach().numpy(), tx.grad.numpy(), tree_map(lambda t: t.grad.numpy(), tp)))
+
+
+# --- pools --------------------------------------------------------------------------------------------------
+
+
+def test_class_attention_is_the_first_row_of_self_attention(rng):
+    x, p, dy = rng.normal(size=(2, 5, 6)), like(rng, multi_head.init(rng, 6)), np.zeros((2, 5, 6))
+    dy[:, :1] = rng.normal(size=(2, 1, 6))
+    y, dx, dp = run(class_attention, dy[:, :1], x, p, heads=3)
+    z, dq, dk, dv, dparams = run(multi_head, dy, x, x, x, p, heads=3)
+    same((y, dx, dp), (z[:, :1], dq + dk + dv, dparams))
+    assert not dq[:, 1:].any()
+
+
+def test_an_image_without_structure_is_pooled_to_its_colour(rng):
+    """All tokens are one: whatever the weights are, what is passed on is its value."""
+    colour, attention = rng.normal(size=(2, 6)), like(rng, multi_head.init(rng, 6))
+    x = np.broadcast_to(colour[:, :, None, None], (2, 6, 3, 4))
+    value, _ = linear.forward(colour, attention.v)
+    y, saved = attention_pool.forward(x, attention_pool.Params(attention), heads=2)
+    same(y, linear.forward(value, attention.out)[0])
+    same(saved.attn, np.full((2, 2, 1, 13), 1 / 13))
+
+
+def test_initial_positions():
+    p = attention_pool.init(np.random.default_rng(0), 64, (5, 4))
+    assert p.position.shape == (21, 64) and 0.9 < p.position.std() * 8 < 1.1
+    latents = latent_pool.init(np.random.default_rng(0), 64, 20)
+    assert latents.latents.shape == (20, 64) and 0.9 < latents.latents.std() * 8 < 1.1
+    assert latents.mlp.linear1.weight.shape == (256, 64)
+    assert latent_pool.init(np.random.default_rng(0), 4, hidden=5).mlp.linear1.weight.shape == (5, 4)
+
+
+@pytest.mark.frameworks
+def test_attention_pool_of_clip(rng):
+    """As CLIP calls torch: tokens first, the query is the first token, projections one by one."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    x, dy = rng.normal(size=(2, 6, 3, 4)), rng.normal(size=(2, 6))
+    p = like(rng, attention_pool.init(rng, 6, (3, 4)))
+    tx, tp = tree_map(lambda a: torch.tensor(a, requires_grad=True), (x, p))
+    (wq, bq), (wk, bk), (wv, bv), (wo, bo), *_ = tp.attention
+    tokens = tx.flatten(2).permute(2, 0, 1)
+    tokens = torch.cat([tokens.mean(0, keepdim=True), tokens]) + tp.position[:, None]
+    y, _ = torch.nn.functional.multi_head_attention_forward(
+        *(tokens[:1], tokens, tokens, 6, 3, None, torch.cat([bq, bk, bv]), None, None, False, 0.0, wo, bo),
+        **{"use_separate_proj_weight": True, "q_proj_weight": wq, "k_proj_weight": wk, "v_proj_weight": wv},
+    )
+    y[0].backward(torch.tensor(dy))
+    expected = y[0].detach().numpy(), tx.grad.numpy(), tree_map(lambda t: t.grad.numpy(), tp)
+    same(run(attention_pool, dy, x, p, heads=3), expected)
+
+
+def test_latents_ask_as_any_query_does(rng):
+    """Without a network the pool is cross-attention; a masked token is as good as none."""
+    x, dz, p = rng.normal(size=(2, 5, 6)), rng.normal(size=(2, 3, 6)), like(rng, latent_pool.init(rng, 6, 3))
+    bare, queries = latent_pool.Params(*p[:2]), np.stack([p.latents] * 2)
+    y, dx, dp = run(latent_pool, dz, x, bare, heads=2)
+    z, dq, dk, dv, dparams = run(multi_head, dz, queries, x, x, p.attention, heads=2)
+    same((y, dx, dp.latents, dp.attention), (z, dk + dv, dq.sum(axis=0), dparams))
+    there = np.broadcast_to(np.arange(5) < 3, (2, 5))
+    y, dx, dp = run(latent_pool, dz, x, p, heads=2, key_mask=there)
+    same((y, dx[:, :3], dp), run(latent_pool, dz, x[:, :3], p, heads=2))
+    assert not dx[:, 3:].any()
+
+
+def test_a_pool_of_latents_does_not_see_the_order_of_tokens(rng):
+    x, p, order = rng.normal(size=(2, 5, 6)), like(rng, latent_pool.init(rng, 6, 3)), rng.permutation(5)
+    same(latent_pool.forward(x[:, order], p, heads=2)[0], latent_pool.forward(x, p, heads=2)[0])
+
+
+def test_the_network_of_a_pool_is_added_to_what_the_latents_hear(rng):
+    x, p = rng.normal(size=(2, 5, 6)), like(rng, latent_pool.init(rng, 6, 3))
+    y, _ = latent_pool.forward(x, latent_pool.Params(*p[:2]), heads=2)
+    change, _ = feed_forward.forward(layer_norm.forward(y, p.norm, eps=0.1)[0], p.mlp, activation="gelu")
+    same(latent_pool.forward(x, p, heads=2, eps=0.1, activation="gelu")[0], y + change)
