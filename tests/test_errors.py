@@ -559,6 +559,7 @@ BAD = [
     ),
     ("transformer_xl", args(lambda q, k, v, p: (q, k[:, :, :0], v[:, :, :0], p), given("mask", None)), "k.shape is"),
     ("transformer_xl", params(lambda p: p._replace(w_r=p.w_r[..., 1:])), "expected a positive even P"),
+    ("transformer_xl", params(lambda p: p._replace(w_r=p.w_r[..., :0])), "expected a positive even P"),
     ("transformer_xl", options(clamp=-1), "clamp is -1, expected None, or at least 0"),
     ("transformer_xl", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     (

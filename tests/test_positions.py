@@ -475,6 +475,14 @@ def test_transformer_xl_sees_memory_as_if_it_were_there(rng):
     causal_where_nothing_came_before("transformer_xl")
 
 
+def test_transformer_xl_with_all_keys_at_one_distance_is_attention_with_a_bias_of_the_queries(rng):
+    """What r_0 adds is the same for all keys of a query: softmax does not see it."""
+    q, k, v = rng.normal(size=(3, 2, 3, 5, 4))
+    p = transformer_xl.Params(*(rng.normal(size=s) for s in ((3, 4), (3, 4), (3, 4, 2))))
+    expected, _ = scaled_dot_product.forward(q + p.u[:, None], k, v, is_causal=True)
+    close(transformer_xl.forward(q, k, v, p, clamp=0)[0], expected)
+
+
 def test_initial_weights_of_transformer_xl():
     drawn = transformer_xl.init(np.random.default_rng(0), 8, 32, 64)
     assert [0.018 < x.std() < 0.022 for x in drawn] == [True] * 3
@@ -576,7 +584,11 @@ def test_frequencies_of_several_axes():
     assert drawn.shape == (2, 50, 4)
     close((drawn**2).sum(axis=0), np.tile([1, 1 / 9, 1, 1 / 9], (50, 1)))
     close((drawn[..., :2] * drawn[..., 2:]).sum(axis=0), np.zeros((50, 2)))
-    assert len(np.unique(drawn[0, :, 0])) == 50 and np.abs(drawn[:, :, 0].mean(axis=1)).max() < 0.4
+    close(drawn[0, :, 2:], -drawn[1, :, :2])  # the second direction is the first, a quarter turn further
+    directions = axial_rotary.mixed(np.random.default_rng(0), 4000, 8)
+    close(directions[..., 0], 10**0.5 * directions[..., 1])
+    quadrants = 2 * (directions[0, :, 0] > 0) + (directions[1, :, 0] > 0)
+    assert np.abs(np.bincount(quadrants) / 1000 - 1).max() < 0.1  # of any direction as many
     assert axial_rotary.mixed(np.random.default_rng(0), 1, 4).shape == (2, 1, 2)
 
 
@@ -634,6 +646,7 @@ def test_a_query_of_zeros_is_divided_by_a_small_number(rng):
     moved = swin_v2.forward(small, k, v, params, window=(1, 2))[0] - swin_v2.forward(q, k, v, params, window=(1, 2))[0]
     close((moved * dy).sum() / 1e-13 / dsmall[0, 0, 0, 0], 1.0, 0.2)
     assert np.isfinite(dq).all()
+    close(swin_v2.forward(small, k, v, params, window=(1, 2))[1].q[0, 0, 0], [0.1, 0, 0])
 
 
 def test_initial_weights_of_swin_v2():
@@ -641,7 +654,7 @@ def test_initial_weights_of_swin_v2():
     assert [x.shape for x in drawn] == [(4,), (512, 2), (512,), (4, 512)]
     close(np.exp(drawn.logit_scale), np.full(4, 10.0))
     for x, inputs in ((drawn.w1, 2), (drawn.b1, 2), (drawn.w2, 512)):
-        assert 0.98 < np.abs(x).max() * math.sqrt(inputs) <= 1
+        assert all(0.98 < end * math.sqrt(inputs) <= 1 for end in (x.max(), -x.min()))
 
 
 def test_initial_weights_of_shaw():

@@ -160,6 +160,7 @@ def example(draw):
         "mask": draw.mask(b, heads, tokens, tokens) if draw.choice("masked", False, True) else None,
     }
     params = draw.like(init(draw.rng, heads, draw.size("U", high=3)))
+    params = params._replace(logit_scale=params.logit_scale + draw.choice("more than the clamp", 0.0, 5.0))
     return Call((q, k, draw.array(b, heads, tokens, values), params), options)
 
 
