@@ -40,8 +40,8 @@ PRESETS = {
     "keras_ops": Convention(mask_value=-LARGE, fully_masked="nan", measured="keras 3.15.1"),
     # The same on torch, which takes a bias or a mask, not both.
     "keras_ops_torch": Convention(mask_op="add", mask_value=-LARGE, measured="keras 3.15.1, torch 2.13.0"),
-    # layers.MultiHeadAttention, where no scores are asked for and nothing is dropped. Cast float masks to bool;
-    # sliding_window w is window=(w - 1, w - 1).
+    # layers.MultiHeadAttention, where no scores are asked for and nothing is dropped; on torch it is keras_ops_torch.
+    # Float masks are cast to bool; sliding_window w is window=(w - 1, w - 1).
     "keras_mha": Convention(mask_value=-LARGE, fully_masked="nan", measured="keras 3.15.1"),
     # The same with return_attention_scores=True or dropout.
     "keras_mha_scores": Convention(mask_value=-1e9, fully_masked="zero_probs", measured="keras 3.15.1"),
@@ -63,7 +63,7 @@ PRESETS = {
     "ort_attention": Convention(mask_op="add", fully_masked="zero_masked_only", measured="onnxruntime 1.32.0"),
     # com.microsoft.MultiHeadAttention: scale 0 is None; key_padding_mask m is attn_bias = -10000 (1 - m).
     # unidirectional with more keys than queries and no past is wrong there (its last row sees everything).
-    "ort_mha": Convention(fully_masked="nan", measured="onnxruntime 1.32.0"),
+    "ort_mha": Convention(mask_op="add", fully_masked="nan", measured="onnxruntime 1.32.0"),
     # com.microsoft.GroupQueryAttention: kv_seqlens = seqlens_k + 1; scale 0 is None; local_window_size w is
     # window=(w - 1, 0); head_sink is sinks. Only what is padding on the right is skipped: NaN in a future v stays.
     "ort_gqa": Convention(masked_values="skip", is_causal=True, q_offset="bottom_right", measured="onnxruntime 1.32.0"),
@@ -86,9 +86,15 @@ PRESETS = {
     "flashinfer": Convention(q_offset="bottom_right", softcap_after="bias", measured=NOT_RUN),
     # cuDNN's front end, after the reference of its tests: window=(left_bound - 1, right_bound).
     "cudnn": Convention(fully_masked="nan", scale=1.0, measured=NOT_RUN),
-    # Hugging Face transformers, eager: masks are biases of 0 and the lowest number, causality is part of them.
-    # sliding_window w is window=(w - 1, 0), or (w, w) where nothing is causal.
-    "hf_eager": Convention(mask_op="add", mask_value="lowest", fully_masked="nan", measured="transformers 5.23.0"),
+    # Hugging Face transformers, eager_attention_forward of Llama and most others: masks are biases of 0 and the lowest
+    # number, and causality is part of them; sliding_window w is window=(w - 1, 0), or (w, w) where nothing is causal.
+    "hf_eager": Convention(
+        mask_op="add",
+        mask_value="lowest",
+        fully_masked="nan",
+        softmax_precision="float32",
+        measured="transformers 5.24.0",
+    ),
     # gpt-oss, model.sdpa: (tokens, heads, groups, D); always causal, always sinks; sliding_window w is
     # window=(w - 1, None), 0 is None.
     "gpt_oss": Convention(mask_op="add", fully_masked="nan", is_causal=True, measured="gpt-oss 7b583341"),
