@@ -65,6 +65,7 @@ MASKS = [  # a mask; what it says of item b, head h, query i, key j; its shape
     (document((7, 7, 3, 3, 3)), lambda b, h, i, j: (i < 2) == (j < 2), (5, 5)),
     (document(IDS), lambda b, h, i, j: IDS[b][i] == IDS[b][j], (2, 1, 7, 7)),
     (document(lengths=(2, 0, 3)), lambda b, h, i, j: (i < 2) == (j < 2), (5, 5)),
+    (block_sparse(((True,),), 4), lambda b, h, i, j: True, (3, 4)),
     (block_sparse(LAYOUT, 2), lambda b, h, i, j: LAYOUT[i // 2][j // 2], (8, 6)),
     (block_sparse(LAYOUT, (2, 3)), lambda b, h, i, j: LAYOUT[i // 2][j // 3], (7, 8)),
     (block_sparse(HEADS, 3), lambda b, h, i, j: HEADS[h][i // 3][j // 3], (3, 5, 6)),
@@ -78,6 +79,12 @@ MASKS = [  # a mask; what it says of item b, head h, query i, key j; its shape
         pixels(8, lambda i, j: shifted(i, j, 7, 3, 2), lambda i, j: shifted(i, j, 8, 3, 2)),
         (56, 56),
     ),
+    (
+        neighbourhood(7, 5, 5),
+        pixels(5, lambda i, j: shifted(i, j, 7, 5, 1), lambda i, j: shifted(i, j, 5, 5, 1)),
+        (35, 35),
+    ),
+    (neighbourhood(2, 3, 1), lambda b, h, i, j: i == j, (6, 6)),
     (neighbourhood(3, 4, 3, border="cut"), pixels(4, lambda i, j: abs(i - j) <= 1), (12, 12)),
     (neighbourhood(5, 4, 3, 2, "cut"), pixels(4, lambda i, j: j in (i - 2, i, i + 2)), (20, 20)),
     (causal() & window(2, 2), lambda b, h, i, j: i - 2 <= j <= i, (6, 6)),
@@ -188,6 +195,16 @@ def test_the_two_conventions_of_causal():
     """top-left and bottom-right, where there are more keys than queries."""
     assert causal().show(2, 4) == "■ · · ·\n■ ■ · ·"
     assert causal(offset=2).show(2, 4) == causal().show(2, 4, offset=2) == "■ ■ ■ ·\n■ ■ ■ ■"
+
+
+def test_one_position():
+    assert document((5,)).array(1, 1).tolist() == document(lengths=(1,)).array(1, 1).tolist() == [[True]]
+
+
+def test_pictures():
+    ((title, picture),) = causal().pictures(2, 3)
+    assert title == "" and np.array_equal(picture, causal().array(2, 3))
+    picture[0, 2] = True  # it is the caller's own
 
 
 def test_show_names_items_and_heads():
