@@ -353,14 +353,15 @@ def test_waves_turn_with_the_position():
 # --- attentions ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pairing", rotary.PAIRINGS)
-def test_xpos_scores_are_those_of_rotary_with_decay(rng, pairing):
+@pytest.mark.parametrize("pairing, scale_base", [(p, base) for p in rotary.PAIRINGS for base in (512.0, 1.0)])
+def test_xpos_scores_are_those_of_rotary_with_decay(rng, pairing, scale_base):
+    options = {"pairing": pairing, "scale_base": scale_base}
     q, k = rng.normal(size=(2, 1, 3, 5, 8))
     positions = np.arange(5)[None]
     scores = [
-        xpos.forward(q, positions=positions + shift, is_key=False, pairing=pairing)[0]
-        @ xpos.forward(k, positions=positions + shift, is_key=True, pairing=pairing)[0].swapaxes(-1, -2)
-        for shift in (0, -40)
+        xpos.forward(q, positions=positions + shift, is_key=False, **options)[0]
+        @ xpos.forward(k, positions=positions + shift, is_key=True, **options)[0].swapaxes(-1, -2)
+        for shift in (0, -7)
     ]
     close(*scores)
     zeta = (np.arange(4) / 4 + 0.4) / 1.4
@@ -369,7 +370,9 @@ def test_xpos_scores_are_those_of_rotary_with_decay(rng, pairing):
     for pair in range(4):  # the scores of one pair only, and its decay
         features = [pair, pair + 4] if pairing == "half" else [2 * pair, 2 * pair + 1]
         one = [rotated(x[..., features], positions, theta[[pair]]) for x in (q, k)]
-        expected = expected + zeta[pair] ** ((positions.T - positions) / 512) * (one[0] @ one[1].swapaxes(-1, -2))
+        expected = expected + zeta[pair] ** ((positions.T - positions) / scale_base) * (
+            one[0] @ one[1].swapaxes(-1, -2)
+        )
     close(scores[0], expected)
 
 
@@ -646,7 +649,17 @@ def test_a_query_of_zeros_is_divided_by_a_small_number(rng):
     moved = swin_v2.forward(small, k, v, params, window=(1, 2))[0] - swin_v2.forward(q, k, v, params, window=(1, 2))[0]
     close((moved * dy).sum() / 1e-13 / dsmall[0, 0, 0, 0], 1.0, 0.2)
     assert np.isfinite(dq).all()
-    close(swin_v2.forward(small, k, v, params, window=(1, 2))[1].q[0, 0, 0], [0.1, 0, 0])
+    for length, expected in ((1e-13, 0.1), (1e-7, 1.0)):
+        small[0, 0, 0, 0] = length
+        close(swin_v2.forward(small, k, v, params, window=(1, 2))[1].q[0, 0, 0], [expected, 0, 0])
+
+
+def test_hidden_units_of_swin_v2_at_0_have_no_slope(rng):
+    q, k, v, dy = rng.normal(size=(4, 1, 2, 2, 3))
+    params = swin_v2.init(rng, 2, 4)
+    params = params._replace(w1=0 * params.w1, b1=0 * params.b1)
+    *_, dparams = both_ways(swin_v2, dy, q, k, v, params, window=(1, 2))
+    assert not dparams.w1.any() and not dparams.b1.any() and not dparams.w2.any() and dparams.logit_scale.all()
 
 
 def test_initial_weights_of_swin_v2():
