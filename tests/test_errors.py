@@ -356,6 +356,18 @@ BAD = [
     ("latent", params(lambda p: p._replace(q_norm=None), lambda c: c.args[3].q_norm is not None), "q_norm is None"),
     ("latent", options(heads=97), "params.q_up.shape is"),
     ("latent", params(lambda p: p._replace(kv_up=p.kv_up[:1])), "params.kv_up.shape is"),
+    (
+        "latent",
+        lambda c: params(lambda p: p._replace(q_up=p.q_up[: c.options["heads"] * 2 * c.args[1].shape[2]]))(c),
+        "heads of more than the",
+    ),
+    (
+        "latent",
+        lambda c: params(
+            lambda p: p._replace(kv_up=p.kv_up[: len(p.q_up) - c.options["heads"] * 2 * c.args[1].shape[2]])
+        )(c),
+        "at least one of a value",
+    ),
     ("latent", params(lambda p: p._replace(kv_down=tree_map(lambda a: a[1:], p.kv_down))), "kv_down.weight.shape is"),
     (
         "latent",
@@ -398,6 +410,14 @@ BAD = [
     ("multi_head", options(heads=0), "heads is 0, expected a positive int"),
     ("multi_head", options(heads=97), "heads is 97, expected a divisor of"),
     ("multi_head", args(lambda q, *a: (q.repeat(2, 2), *a), lambda c: c.args[3].q is None), "features of q is"),
+    (
+        "multi_head",
+        args(
+            lambda q, k, v, p: (q, k, v.repeat(2, 2), p._replace(bias_k=None, bias_v=None)),
+            lambda c: c.args[3].v is None and c.args[3].out is not None,
+        ),
+        "params.out.weight.shape is",
+    ),
     ("multi_head", params(lambda p: p._replace(bias_v=None), lambda c: c.args[3].bias_v is not None), "bias_v is None"),
     (
         "multi_head",

@@ -107,6 +107,13 @@ def test_key_heads_that_are_alike_are_one(rng, key_heads):
     same((dg.k, dg.v), tree_map(lambda mean: mean * (4 // key_heads), (means.k, means.v)))  # a sum
 
 
+def test_initial_weights_of_a_grouped_layer():
+    p = grouped_query_layer.init(np.random.default_rng(0), 12, 6, 2, key_features=5, value_features=7)
+    assert [w.shape for _, w in leaves(p)] == [(12, 12), (4, 5), (4, 7), (12, 12)]
+    p = grouped_query_layer.init(np.random.default_rng(0), 12, 4, 1, bias=True)
+    assert [w.shape for _, w in leaves(p)] == [(12, 12), (12,), (3, 12), (3,), (3, 12), (3,), (12, 12), (12,)]
+
+
 # --- multi-head: extra tokens, missing projections, the layouts of others -------------------------------------
 
 
@@ -358,6 +365,19 @@ def test_what_both_maps_see_alike_is_scaled_away(rng):
         y, saved = differential.forward(q, k, v, p, lambda_init=initial, eps=0.0)
         same(y, sign * (1 - initial) * rms_norm.forward(one, p.norm, eps=0.0)[0])
         same(saved.attn.sum(axis=-1), np.full((2, 3, 4), 1 - initial))
+
+
+def test_the_map_of_differential_attention_is_what_weighs_the_values(rng):
+    q, k, v, p, _ = differential_call(rng)
+    y, saved = differential.forward(q, k, v, p, lambda_init=0.5)
+    same(y, rms_norm.forward(saved.attn @ v, p.norm, eps=1e-5)[0] / 2)
+
+
+def test_initial_weights_of_differential_attention():
+    p = differential.init(np.random.default_rng(0), 1000)
+    assert all(0.09 < vector.std() < 0.11 and vector.shape == (1000,) for vector in p[:4])
+    assert np.array_equal(p.norm.gamma, np.ones(2000))
+    assert differential.init(np.random.default_rng(0), 3, value_features=5).norm.gamma.shape == (5,)
 
 
 def test_lambda_init_of_the_first_layers():

@@ -92,7 +92,7 @@ def forward(
     projected_k = _append(projected_k, params.bias_k, add_zero_attn)
     projected_v = _append(projected_v, params.bias_v, add_zero_attn)
     allowed = np.ones((q.shape[0], heads, q.shape[1], projected_k.shape[1]), bool)
-    of_own_keys = allowed[..., : k.shape[1]]
+    of_own_keys = allowed[..., : k.shape[1]]  # a view: the extra ones stay True
     if mask is not None:
         of_own_keys &= mask
     if key_mask is not None:
@@ -161,6 +161,9 @@ def _check(heads, mask, q, k, v, params):
         source = f"{name}.shape" if projection is None else f"params.{name}.weight"
         expect(widths[name] % heads == 0, f"{where} heads", heads, f"a divisor of {widths[name]}, from {source}")
     expect(widths["q"] == widths["k"], f"{where} features of q", widths["q"], f"those of k, {widths['k']}, projected")
+    if params.out is not None:
+        joined, wanted = params.out.weight.shape, f"(O, {widths['v']}), all heads of v joined"
+        expect(joined[1] == widths["v"], f"{where} params.out.weight.shape", joined, wanted)
     both = (params.bias_k is None) == (params.bias_v is None)
     expect(both, f"{where} params.bias_v", params.bias_v, "an array where params.bias_k is one, and None where not")
     for name, bias in (("k", params.bias_k), ("v", params.bias_v)):

@@ -169,15 +169,12 @@ def _check(norm, order, params):
 
 
 def example(draw):
+    norm = draw.choice("norm", "l2", "rms", "layer", "layer")
     b, heads, queries, keys = (
-        draw.size("B", high=2),
-        draw.size("H", high=2),
-        draw.size("Q", high=3),
-        draw.size("K", high=3),
+        draw.size(letter, high=high) for letter, high in (("B", 2), ("H", 2), ("Q", 3), ("K", 4))
     )
     pairs = draw.size("F", high=2)
     features = 2 * pairs + draw.choice("features that stay", 0, 1)
-    norm = draw.choice("norm", "rms", "l2", "layer", "layer")
     beta, logit_scale = norm == "layer" and draw.choice("beta", True, False), draw.choice("logit_scale", None, 1.0)
     params = draw.like(init(draw.rng, features, heads, beta=beta, logit_scale=logit_scale))
     if draw.choice("gamma", "of both", "of both", "of queries") == "of queries":
