@@ -52,6 +52,7 @@ PRESETS = {
     # --- ONNX ------------------------------------------------------------------------------------------------
     # Attention of opset 23, 24, 25 as onnx.reference does it. q_offset is the length of the past, or
     # nonpad_kv_seqlen - (query length), or 0. A mask that is too short forbids the rest. -1 in a window is None.
+    # refattn.frameworks.onnx does all of it.
     "onnx_23": Convention(mask_op="add", measured="onnx 1.23.2"),
     "onnx_24": Convention(mask_op="add", measured="onnx 1.23.2"),
     "onnx_25": Convention(mask_op="add", measured="onnx 1.23.2"),

@@ -1,0 +1,121 @@
+"""ONNX: its operators as the reference computes them. NumPy arrays and attributes in, all outputs out.
+
+    y, present_key, present_value, scores = attention(q, k, v, mask, is_causal=1)
+    outputs = OPERATORS["RMSNormalization"](x, scale, axis=-1)
+
+Inputs come in ONNX's order, None for those left out; attributes by ONNX's names. float16 and bfloat16 (of ml_dtypes)
+are computed in float32, and rounded once. ONNX has no gradients. Its own node cases are run by tests/test_onnx.py.
+"""
+
+import numpy as np
+import onnx
+
+from refattn.attention.dot_product import dot_product_attention, rotary
+from refattn.attention.dot_product.dot_product_attention import STAGES
+from refattn.oracle.conventions import PRESETS
+from refattn.primitives import layer_norm, rms_norm, softmax
+
+VERSION = onnx.__version__
+TARGETS = ()
+PRECISIONS = {1: "float32", 10: "float16", 11: "float64", 16: "float32"}  # 16 is bfloat16, which NumPy has not
+
+
+def run(candidate, args, options, dout):
+    """Call it with NumPy's arrays; there are no gradients."""
+    if dout is not None:
+        raise ValueError("onnx.run: gradients is True, expected False: ONNX has none")
+    return candidate(*args, **options), None
+
+
+def attention(
+    q, k, v, attn_mask=None, past_key=None, past_value=None, nonpad_kv_seqlen=None, *, is_causal=0, scale=None,
+    softcap=0.0, q_num_heads=None, kv_num_heads=None, softmax_precision=None, qk_matmul_output_mode=0,
+    left_window_size=-1, right_window_size=-1, opset=25,
+):  # fmt: skip
+    """Attention of opset 23, 24 or 25: (Y, present_key, present_value, qk_matmul_output)."""
+    packed, dtype = q.ndim == 3, q.dtype
+    q, k, v, past_key, past_value = (_wide(x) for x in (q, k, v, past_key, past_value))
+    if packed:
+        q, k, v = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
+    if past_key is not None:
+        k, v = np.concatenate([past_key, k], axis=2), np.concatenate([past_value, v], axis=2)
+    queries, keys = q.shape[2], k.shape[2]
+    offset = 0 if past_key is None else past_key.shape[2]
+    if nonpad_kv_seqlen is not None:
+        offset = nonpad_kv_seqlen - queries
+    mask, bias = None, None
+    if attn_mask is not None:
+        forbidden = False if attn_mask.dtype == bool else -np.inf
+        missing = [(0, 0)] * (attn_mask.ndim - 1) + [(0, keys - attn_mask.shape[-1])]
+        attn_mask = np.pad(_wide(attn_mask), missing, constant_values=forbidden)  # not stretched, even from 1
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
+        mask, bias = (attn_mask, None) if attn_mask.dtype == bool else (None, attn_mask)
+    out, _ = dot_product_attention.forward(
+        *(q, k, v, bias),
+        scale=scale,
+        attn_mask=mask,
+        is_causal=bool(is_causal),
+        q_offset=offset,
+        window=tuple(None if n == -1 else n for n in (left_window_size, right_window_size)),
+        softcap=softcap or None,
+        kv_seqlens=nonpad_kv_seqlen,
+        return_scores=STAGES[qk_matmul_output_mode],
+        convention=PRESETS[f"onnx_{opset}"]._replace(softmax_precision=PRECISIONS.get(softmax_precision)),
+    )
+    y = out.y.swapaxes(1, 2).reshape(len(q), queries, -1) if packed else out.y
+    return tuple(x.astype(dtype) for x in (y, k, v, out.scores))
+
+
+def rotary_embedding(
+    x, cos, sin, position_ids=None, *, interleaved=0, num_heads=None, rotary_embedding_dim=0, opset=23
+):
+    """RotaryEmbedding: (Y,). rotary_embedding_dim says again how many columns cos and sin have."""
+    dtype, packed = x.dtype, x.ndim == 3
+    x, cos, sin = (_wide(a) for a in (x, cos, sin))
+    if position_ids is not None:
+        cos, sin = cos[position_ids], sin[position_ids]
+    heads = _heads(x, num_heads) if packed else x
+    y, _ = rotary.forward(heads, cos, sin, pairing="interleaved" if interleaved else "half")
+    return ((y.swapaxes(1, 2).reshape(x.shape) if packed else y).astype(dtype),)
+
+
+def layer_normalization(x, scale, bias=None, *, axis=-1, epsilon=1e-5, stash_type=1, opset=17):
+    """LayerNormalization over the axes from `axis` on: (Y, Mean, InvStdDev)."""
+    dtype, axes = x.dtype, x.ndim - axis % x.ndim
+    x, scale, bias = _wide(x), _wide(scale), _wide(bias)
+    bias = np.zeros_like(scale) if bias is None else bias
+    y, saved = layer_norm.forward(x, layer_norm.Params(scale, bias), axes=axes, eps=epsilon)
+    mean = x.mean(axis=tuple(range(-axes, 0)), keepdims=True)
+    return y.astype(dtype), mean, saved.inverse_std
+
+
+def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1, opset=23):
+    """RMSNormalization over the axes from `axis` on: (Y,)."""
+    lead = x.shape[: axis % x.ndim]
+    y, _ = rms_norm.forward(_wide(x).reshape(*lead, -1), rms_norm.Params(_wide(scale).ravel()), eps=epsilon)
+    return (y.reshape(x.shape).astype(x.dtype),)
+
+
+def softmax_(x, *, axis=-1, opset=13):
+    """Softmax from opset 13 on: (output,)."""
+    return (softmax.forward(_wide(x), axis=axis)[0].astype(x.dtype),)
+
+
+OPERATORS = {
+    "Attention": attention,
+    "LayerNormalization": layer_normalization,
+    "RMSNormalization": rms_normalization,
+    "RotaryEmbedding": rotary_embedding,
+    "Softmax": softmax_,
+}
+
+
+def _wide(x):
+    """float32 for what is narrower."""
+    narrow = x is not None and x.dtype.name in ("float16", "bfloat16")
+    return x.astype(np.float32) if narrow else x
+
+
+def _heads(x, heads):
+    """(B, T, H D) as (B, H, T, D)."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
