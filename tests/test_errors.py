@@ -407,6 +407,8 @@ BAD = [
         "params.position.shape is",
     ),
     ("latent_pool", params(lambda p: p._replace(mlp=None), lambda c: c.args[1].norm is not None), "params.norm is"),
+    ("set_attention", options(heads=0), "heads is 0, expected a divisor of D ="),
+    ("set_attention", options(heads=97), "heads is 97, expected a divisor of D ="),
     ("multi_head", options(heads=0), "heads is 0, expected a positive int"),
     ("multi_head", options(heads=97), "heads is 97, expected a divisor of"),
     ("multi_head", args(lambda q, *a: (q.repeat(2, 2), *a), lambda c: c.args[3].q is None), "features of q is"),

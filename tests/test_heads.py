@@ -17,6 +17,7 @@ from refattn.attention.dot_product import (
     qk_norm,
     rotary,
     scaled_dot_product,
+    set_attention,
     talking_heads,
 )
 from refattn.core import leaves, tree_map
@@ -592,3 +593,55 @@ def test_the_network_of_a_pool_is_added_to_what_the_latents_hear(rng):
     y, _ = latent_pool.forward(x, latent_pool.Params(*p[:2]), heads=2)
     change, _ = feed_forward.forward(layer_norm.forward(y, p.norm, eps=0.1)[0], p.mlp, activation="gelu")
     same(latent_pool.forward(x, p, heads=2, eps=0.1, activation="gelu")[0], y + change)
+
+
+# --- sets ---------------------------------------------------------------------------------------------------
+
+
+def set_call(rng, norm=True):
+    p = like(rng, set_attention.init(rng, 6, query_features=4, set_features=5, norm=norm))
+    return rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 7, 5)), p, rng.normal(size=(2, 3, 6))
+
+
+def test_the_order_of_a_set_does_not_matter(rng):
+    q, x, p, dy = set_call(rng)
+    order = rng.permutation(7)
+    y, dq, dx, dp = run(set_attention, dy, q, x, p, heads=2)
+    same((y, dq, dx[:, order], dp), run(set_attention, dy, q, x[:, order], p, heads=2))
+    rows = rng.permutation(3)
+    same(run(set_attention, dy[:, rows], q[:, rows], x, p, heads=2)[0], y[:, rows])
+
+
+def test_members_that_are_padding_are_not_there(rng):
+    q, x, p, dy = set_call(rng)
+    there = np.broadcast_to(np.arange(7) < 4, (2, 7))
+    y, dq, dx, dp = run(set_attention, dy, q, x, p, heads=3, key_mask=there)
+    same((y, dq, dx[:, :4], dp), run(set_attention, dy, q, x[:, :4], p, heads=3))
+    assert not dx[:, 4:].any()
+
+
+def test_initial_weights_of_set_attention():
+    p = set_attention.init(np.random.default_rng(0), 6, query_features=4, set_features=5, norm=True)
+    shapes = [(6, 4), (6,), (6, 5), (6,), (6, 5), (6,), (6, 6), (6,)]
+    assert [w.shape for _, w in leaves(p)] == shapes + [(6,)] * 4
+    bare = set_attention.init(np.random.default_rng(0), 6)
+    assert bare[4:] == (None, None) and bare.q.weight.shape == bare.v.weight.shape == (6, 6)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_set_transformers_block_in_torch(rng, norm):
+    """The authors' module restated: heads are split off the features and stacked on the batch."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'refattn[torch]'")
+    q, x, p, dy = set_call(rng, norm)
+    tq, tx, tp = tree_map(lambda a: torch.tensor(a, requires_grad=True), (q, x, p))
+    query, key, value = (t @ w.T + b for t, (w, b) in ((tq, tp.q), (tx, tp.k), (tx, tp.v)))
+    stacked = [torch.cat(t.split(3, 2), 0) for t in (query, key, value)]
+    weights = torch.softmax(stacked[0].bmm(stacked[1].mT) / 6**0.5, 2)
+    o = torch.cat((stacked[0] + weights.bmm(stacked[2])).split(2, 0), 2)
+    o = torch.nn.functional.layer_norm(o, (6,), *tp.norm0) if norm else o
+    o = o + torch.relu(o @ tp.out.weight.T + tp.out.bias)
+    o = torch.nn.functional.layer_norm(o, (6,), *tp.norm1) if norm else o
+    o.backward(torch.tensor(dy))
+    expected = o.detach().numpy(), *tree_map(lambda t: t.grad.numpy(), (tq, tx, tp))
+    same(run(set_attention, dy, q, x, p, heads=2), expected)

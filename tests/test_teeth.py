@@ -31,6 +31,7 @@ ALWAYS_ZERO = {  # gradients that no factor can spoil: what must be noticed is s
     ("class_attention", "1.k.bias"): "as in transformer_encoder_layer",
     ("attention_pool", "1.attention.k.bias"): "as in transformer_encoder_layer",
     ("latent_pool", "1.attention.k.bias"): "as in transformer_encoder_layer",
+    ("set_attention", "2.k.bias"): "as in transformer_encoder_layer",
     ("additive", "2.b"): "it adds the same to all scores, which softmax does not see",
     ("additive_decoder", "3.attention.b"): "as in additive",
     ("position", "1.key.bias"): "as in transformer_encoder_layer",

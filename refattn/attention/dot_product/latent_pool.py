@@ -19,8 +19,7 @@ Backward, with a bar for "gradient of the loss with respect to"
 
 Choices
     The authors have one latent and take its Z; timm takes the first, or the mean of them all.
-    Latents are not added to Y. The Set Transformer's PMA does so: its Y is multi_head plus the projected latents, its
-    feed-forward network is relu(W Y + b), and its scores are divided by the root of all features, not of a head's.
+    Latents are not added to Y. In the Set Transformer's PMA they are: that is set_attention, whose queries are seeds.
     activation is "gelu_tanh" and eps 1e-6, as in the authors' code; timm has "gelu" and 1e-5.
     key_mask[b, j] is True where token j takes part. An item with no tokens has Y = bo.
 """
