@@ -3,7 +3,7 @@ r"""Attention with normalised queries and keys (QK-norm).
 Queries and keys are brought to one length before they meet, so that scores stay small however large the weights grow.
 
 Paper: Henry et al., "Query-Key Normalization for Transformers", Findings of EMNLP 2020 (arXiv:2010.04245), section 3:
-l2 with a learned scale. Layer norms: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", ICML 2023
+l2 with a learned scale. Other norms: Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", ICML 2023
 (arXiv:2302.05442), section 2.
 
 Shapes
@@ -23,9 +23,9 @@ Backward, with a bar for "gradient of the loss with respect to"
     Qbar, Kbar, gammabar, betabar = the backward of the norms; gamma and beta get the sum over the heads
 
 Choices
-    norm: "l2", x / |x|, as Henry (with g; x-transformers: scale=10) and Llama 4; "rms", rms_norm, as Qwen3 and Gemma 3;
-    "layer", layer_norm, as ViT-22B (without beta) and Chameleon. l2 is rms / sqrt(D): with gamma all ones,
-    rms with its scale 1 / sqrt(D) is l2 with scale sqrt(D).
+    norm: "l2", x / |x|, as Henry (with g; x-transformers: scale=10); "rms", rms_norm, as Qwen3, Gemma 3, and Llama 4,
+    whose "L2Norm" is one without gamma; "layer", layer_norm, as Chameleon. ViT-22B has layer norms without bias and
+    centering, which is "rms". l2 is rms / sqrt(D): without gamma, rms and its own scale are l2 with scale sqrt(D).
     eps is inside the root, next to the mean square or the variance; for l2 that is x / sqrt(|x|^2 + D eps). torch's
     normalize(x) is eps=0 here. 1e-6 is that of most models; torch's own defaults are 1e-5 and the machine epsilon.
     order: "norm_first" as most; "rotary_first" as HunYuan and Llama 4. Turning changes no length, so that without
