@@ -51,7 +51,7 @@ def in_order(function, tasks, jobs, executor=None):
         waiting = collections.deque()  # few at a time: results are large
         for task in tasks:
             waiting.append(executor.submit(function, *task))
-            if len(waiting) > jobs:
+            if len(waiting) >= jobs:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

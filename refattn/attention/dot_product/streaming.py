@@ -59,7 +59,7 @@ from refattn.attention.dot_product.dot_product_attention import (
 from refattn.blocks import in_order, usual_jobs
 from refattn.core import About, Array, Bools, Call, Ints, Shaped, expect, shaped
 
-ROWS, COLUMNS = 128, 1024  # of a block, unless given
+ROWS, COLUMNS = 128, 512  # of a block, unless given
 KEPT = 2**20  # so many logits of a block of queries, at most, are kept for the backward pass
 PART = 8  # blocks of queries in a part
 
@@ -148,6 +148,7 @@ def backward(
     grads = _new_gradients(call, dy)
     for place, results in _parts(_backward, call, dy, dlse, y, top, total):
         _add(grads, place, results)
+        del results  # before the next part begins: it may be as large as the gradients
     return grads
 
 
@@ -160,9 +161,10 @@ def forward_backward(q, k, v, attn_bias=None, sinks=None, *, dout, return_lse=Fa
     dy, dlse = _checked("streaming.forward_backward: dout", dout, call, Out if return_lse else np.ndarray)
     y, lse, *_ = outputs = _new_outputs(call)
     grads = _new_gradients(call, dy)
-    for place, (*results, some_grads) in _parts(_both, call, dy, dlse):
-        _put(outputs, place, results)
-        _add(grads, place, some_grads)
+    for place, results in _parts(_both, call, dy, dlse):
+        _put(outputs, place, results[:4])
+        _add(grads, place, results[4])
+        del results  # before the next part begins: it may be as large as the gradients
     return Out(y, lse) if return_lse else y, grads
 
 
@@ -461,7 +463,9 @@ def _parts(function, call, *along, columns=None):
     length = PART * call.block[0]
     places = [*_places(call, [slice(start, start + length) for start in range(0, call.q.shape[2], length)])]
     tasks = ((_part(call, place, columns), *(_of(x, place.of_q) for x in along)) for place in places)
-    return zip(places, in_order(function, tasks, call.jobs, call.executor))
+    results = in_order(function, tasks, call.jobs, call.executor)
+    for place in places:  # zip would keep a result, as large as the gradients may be, until it has the next
+        yield place, next(results)
 
 
 def _places(call, some_queries):
