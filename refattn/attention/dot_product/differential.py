@@ -50,7 +50,7 @@ class Params(NamedTuple):
 class Saved(NamedTuple):
     maps: scaled_dot_product.Saved
     second: Shaped[Array, "B H Q E"]  # O2
-    lam: Shaped[Array, ""]
+    lam: Shaped[Array, "1"]
     attn: Shaped[Array, "B H Q K"]
     norm: rms_norm.Saved
     params: Params
@@ -88,7 +88,7 @@ def forward(
     y, saved_maps = scaled_dot_product.forward(q, k, values, scale=scale, mask=mask, is_causal=is_causal)
     o, saved_norm = rms_norm.forward(y[:, :, 0] - lam * y[:, :, 1], params.norm, eps=eps)
     attn = saved_maps.attn[:, :, 0] - lam * saved_maps.attn[:, :, 1]
-    saved = Saved(saved_maps, y[:, :, 1], np.asarray(lam), attn, saved_norm, params, float(lambda_init))
+    saved = Saved(saved_maps, y[:, :, 1], lam, attn, saved_norm, params, float(lambda_init))
     return (1 - lambda_init) * o, saved
 
 
@@ -107,8 +107,9 @@ def backward(
 
 
 def _exponentials(params):
+    """Of shape (1,): arrays, not scalars, keep their precision next to a Python float."""
     q1, k1, q2, k2, _ = params
-    return np.exp((q1 * k1).sum()), np.exp((q2 * k2).sum())
+    return np.exp((q1 * k1).sum(keepdims=True)), np.exp((q2 * k2).sum(keepdims=True))
 
 
 def example(draw):
