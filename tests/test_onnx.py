@@ -11,6 +11,8 @@ import warnings
 import numpy as np
 import pytest
 
+from tests import attention_elsewhere as elsewhere
+from tests import test_conventions as conventions
 from tests.test_conventions import FLOAT32, same
 
 pytestmark = pytest.mark.frameworks
@@ -69,3 +71,28 @@ def test_no_case_is_left_out():
     assert {name: sum(op == name for op, _ in nodes) for name in COUNTS} == COUNTS
     attention = [opset for op, opset in nodes if op == "Attention"]
     assert {opset: attention.count(opset) for opset in set(attention)} == {23: 69, 24: 13, 25: 11}
+
+
+HARD = [
+    pytest.param(case, opset, id=f"{case.__name__}-{opset}")
+    for opset, more in ((23, set()), (24, set()), (25, {"window"}))
+    for case in conventions.CASES
+    if conventions.needs(*case(np.random.default_rng(0))) <= conventions.OF_ONNX | more and case.__name__ != "no_keys"
+]  # without keys ONNX's evaluator raises an error
+
+
+@pytest.mark.parametrize("case, opset", HARD)
+def test_attention_of_hard_inputs(case, opset):
+    """NaN, infinities, empty rows and all: the reference's answer is that of ONNX's own evaluator, in float64."""
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed: pip install 'refattn[onnx]'")
+    from onnx import helper
+
+    from refattn.frameworks.onnx import attention
+
+    args, options = case(np.random.default_rng(0))
+    model, tensors = elsewhere.onnx_attention(args, options, opset)
+    (node,) = model.graph.node
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    with np.errstate(all="ignore"):
+        expected = reference.ReferenceEvaluator(model).run(None, tensors)[0]
+    same(attention(*(tensors.get(name) for name in node.input), **attributes, opset=opset)[0], expected, 1e-12)

@@ -50,7 +50,7 @@ def attention(
         attn_mask = np.pad(_wide(attn_mask), missing, constant_values=forbidden)  # not stretched, even from 1
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
         mask, bias = (attn_mask, None) if attn_mask.dtype == bool else (None, attn_mask)
-    out, _ = dot_product_attention.forward(
+    out, saved = dot_product_attention.forward(
         *(q, k, v, bias),
         scale=scale,
         attn_mask=mask,
@@ -62,8 +62,12 @@ def attention(
         return_scores=STAGES[qk_matmul_output_mode],
         convention=PRESETS[f"onnx_{opset}"]._replace(softmax_precision=PRECISIONS.get(softmax_precision)),
     )
-    y = out.y.swapaxes(1, 2).reshape(len(q), queries, -1) if packed else out.y
-    return tuple(x.astype(dtype) for x in (y, k, v, out.scores))
+    seen = np.ones(out.scores.shape, bool) if saved.seen is None else saved.seen
+    seen = (seen if bias is None else seen & ~np.isneginf(bias)).any(axis=-1, keepdims=True)
+    y = np.where(seen, out.y, 0)  # where no key takes part, even for NaN
+    scores = np.where(seen, out.scores, 0) if qk_matmul_output_mode == 3 else out.scores
+    y = y.swapaxes(1, 2).reshape(len(q), queries, -1) if packed else y
+    return tuple(x.astype(dtype) for x in (y, k, v, scores))
 
 
 def rotary_embedding(

@@ -52,15 +52,17 @@ PRESETS = {
     # --- ONNX ------------------------------------------------------------------------------------------------
     # Attention of opset 23, 24, 25 as onnx.reference does it. q_offset is the length of the past, or
     # nonpad_kv_seqlen - (query length), or 0. A mask that is too short forbids the rest. -1 in a window is None.
-    # refattn.frameworks.onnx does all of it.
+    # Where no key takes part the answer is 0 even of NaN, here of numbers only. refattn.frameworks.onnx does all of it.
     "onnx_23": Convention(mask_op="add", measured="onnx 1.23.2"),
     "onnx_24": Convention(mask_op="add", measured="onnx 1.23.2"),
     "onnx_25": Convention(mask_op="add", measured="onnx 1.23.2"),
     # Up to onnx 1.21: the soft cap lets masked keys in again, and qk_matmul_output_mode 1 is "biased", 2 "softcapped".
+    # A mask of bool with is_causal is NaN everywhere there, which is not imitated.
     # (onnx 1.18 differs again: gqa_order="tile", and a past moves no diagonal.)
     "onnx_23_legacy": Convention(mask_op="add", fully_masked="nan", softcap_after="mask", measured="onnx 1.19.1"),
     # --- ONNX Runtime ----------------------------------------------------------------------------------------
-    # Attention of opset 23 and 24, whose scale has the precision of float32. A mask of the lowest float32 is -inf.
+    # Attention of opset 23 to 25, whose scale has the precision of float32. A bias of -inf, or (23, 24) of the lowest
+    # float32, is a mask: give it as attn_mask. Where no key takes part the answer is 0 even of NaN.
     "ort_attention": Convention(mask_op="add", fully_masked="zero_masked_only", measured="onnxruntime 1.32.0"),
     # com.microsoft.MultiHeadAttention: scale 0 is None; key_padding_mask m is attn_bias = -10000 (1 - m).
     # unidirectional with more keys than queries and no past is wrong there (its last row sees everything).
