@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import refattn
-from refattn.attention.dot_product import alibi, axial_rotary, rotary
+from refattn.attention.dot_product import alibi, axial_rotary, rotary, streaming
 from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call, tree_map
 from refattn.draw import RandomDraw
@@ -443,6 +443,11 @@ BAD = [
     ("normalised_attention", options(normaliser="top_k_softmax", options=None), "missing a required argument: 'k'"),
     ("sigmoid_attention", args(lambda q, k, v, b: (q[..., :0], k[..., :0], v, b)), "expected at least one feature"),
     ("scaled_dot_product", args(lambda q, k, v: (q[..., :0], k[..., :0], v)), "expected at least one feature"),
+    ("streaming", options(block=4), "block is 4, expected None or (queries, keys), two positive ints"),
+    ("streaming", options(block=(0, 4)), "block is (0, 4), expected None or (queries, keys)"),
+    ("streaming", options(jobs=0), "jobs is 0, expected None or a positive int"),
+    ("streaming", options(executor=3), "executor is 3, expected None or a concurrent.futures.Executor"),
+    ("streaming", options(window=(-1, 0)), "window is (-1, 0), expected None or (left, right)"),
     ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
     ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
     (
@@ -620,6 +625,8 @@ BAD = [
 ]
 
 
+Q = np.ones((1, 2, 3, 4))
+
 HELPERS = [  # functions beside forward that are called for themselves: a bad call, and how its error begins
     (lambda: alibi.slopes(0), "alibi.slopes: heads is 0, expected a positive int"),
     (lambda: axial_rotary.axial(1, 6), "axial_rotary.axial: features is 6, expected a positive multiple of 4, pairs"),
@@ -627,6 +634,29 @@ HELPERS = [  # functions beside forward that are called for themselves: a bad ca
     (lambda: axial_rotary.sections(1, np.ones(4), (1, 2)), "axial_rotary.sections: sizes is (1, 2), expected 4 in all"),
     (lambda: axial_rotary.mixed(None, 1, 6), "axial_rotary.mixed: features is 6, expected a positive multiple of 4"),
     (lambda: axial_rotary.mixed(None, 1, 0), "axial_rotary.mixed: features is 0, expected a positive multiple of 4"),
+    (lambda: streaming.sampled(Q, Q, Q, rows=[3]), "streaming.sampled: rows is [3], expected a list of ints from 0"),
+    (lambda: streaming.sampled(Q, Q, Q, rows=[0.5]), "streaming.sampled: rows is [0.5], expected a list of ints"),
+    (lambda: streaming.sampled(Q, Q, Q, columns=[0]), "streaming.sampled: dout is None, expected the gradient of y"),
+    (
+        lambda: streaming.sampled(Q, Q, Q, columns=[0], dout=Q[..., :2]),
+        "streaming.sampled: dout, of y: shape is (1, 2, 3, 2), expected (B, H, Q, E) = (1, 2, 3, 4)",
+    ),
+    (
+        lambda: streaming.sampled(Q, Q, Q, columns=[0], dout=Q, y=Q[:, :1], lse=Q[..., 0]),
+        "streaming.sampled: y.shape is (1, 1, 3, 4), expected (1, 2, 3, 4), one for every query",
+    ),
+    (
+        lambda: streaming.sampled(Q, Q, Q, columns=[0], dout=Q, y=Q, lse=Q),
+        "streaming.sampled: lse.shape is (1, 2, 3, 4), expected (1, 2, 3), one for every query",
+    ),
+    (
+        lambda: streaming.forward_backward(Q, Q, Q, dout=[1]),
+        "streaming.forward_backward: dout is 'list', expected an array, or an Out where lse is returned",
+    ),
+    (
+        lambda: streaming.forward_backward(Q, Q, Q, dout=streaming.Out(Q, Q[..., 0, 0]), return_lse=True),
+        "streaming.forward_backward: dout, of lse: shape is (1, 2), expected (1, 2, 3)",
+    ),
     (lambda: rotary.frequencies(0), "rotary.frequencies: features is 0, expected a positive even int"),
     (lambda: rotary.frequencies(3), "rotary.frequencies: features is 3, expected a positive even int"),
     (lambda: rotary.ntk(2, 8.0), "rotary.ntk: features is 2, expected more than 2"),

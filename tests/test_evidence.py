@@ -8,7 +8,8 @@ from refattn.registry import everything
 from tests.test_golden import FILES, INDEX, case_of
 
 HERE = Path(__file__).parent
-RELATIONS = (HERE / "test_relations.py").read_text()
+FAMILIES = "relations", "positions", "normalisers", "heads", "streaming", "caches"
+RELATIONS = "\n".join(path.read_text() for name in FAMILIES if (path := HERE / f"test_{name}.py").exists())
 EVERYTHING = list(everything().values())
 
 
@@ -21,7 +22,7 @@ def test_definitions(mechanism):
 @pytest.mark.parametrize("mechanism", EVERYTHING, ids=str)
 def test_relations(mechanism):
     if "relation" in mechanism.ABOUT.witnesses:
-        assert f"{mechanism}." in RELATIONS, f"{mechanism}: names a relation that tests/test_relations.py does not have"
+        assert f"{mechanism}." in RELATIONS, f"{mechanism}: names a relation that no test of its family has"
 
 
 @pytest.mark.skipif(not INDEX or not FILES, reason="no recordings here")

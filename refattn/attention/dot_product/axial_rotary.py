@@ -113,4 +113,4 @@ def example(draw):
     return Call((x, draw.array(axes, heads, pairs)), options)
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("definition",))
+ABOUT = About(laws=("batch_independent",), witnesses=("definition", "relation"))

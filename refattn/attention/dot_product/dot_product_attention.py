@@ -496,4 +496,6 @@ def example(draw):
     return Call((q, k, v, bias, draw.array(heads) if draw.choice("sinks", False, True) else None), options)
 
 
-ABOUT = About(weights="attn", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition",))
+ABOUT = About(
+    weights="attn", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition", "relation")
+)

@@ -120,5 +120,5 @@ ABOUT = About(
         "mask_is_truncation",
         "causal",
     ),
-    witnesses=("definition",),
+    witnesses=("definition", "relation"),
 )

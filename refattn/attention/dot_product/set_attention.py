@@ -140,5 +140,5 @@ def example(draw):
 ABOUT = About(
     weights="attn",
     laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one", "key_permutation_invariant"),
-    witnesses=("definition",),
+    witnesses=("definition", "relation"),
 )

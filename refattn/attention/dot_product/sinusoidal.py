@@ -90,4 +90,4 @@ def example(draw):
     return Call((draw.array(b, tokens, features),), options)
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("definition",))
+ABOUT = About(laws=("batch_independent",), witnesses=("definition", "relation"))

@@ -136,5 +136,5 @@ ABOUT = About(
         "key_permutation_invariant",
         "causal",
     ),
-    witnesses=("definition",),
+    witnesses=("definition", "relation"),
 )

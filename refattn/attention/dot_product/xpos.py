@@ -78,4 +78,4 @@ def example(draw):
     return Call((draw.array(b, *heads, tokens, 2 * pairs),), options)
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("definition",))
+ABOUT = About(laws=("batch_independent",), witnesses=("definition", "relation"))
