@@ -32,7 +32,10 @@ def attention(
     softcap=0.0, q_num_heads=None, kv_num_heads=None, softmax_precision=None, qk_matmul_output_mode=0,
     left_window_size=-1, right_window_size=-1, opset=25,
 ):  # fmt: skip
-    """Attention of opset 23, 24 or 25: (Y, present_key, present_value, qk_matmul_output)."""
+    """Attention of opset 23, 24 or 25: (Y, present_key, present_value, qk_matmul_output).
+
+    Mode 0 of the last is before the soft cap, as ONNX's text has it; onnx.reference (1.23.2) gives what is after it.
+    """
     packed, dtype = q.ndim == 3, q.dtype
     q, k, v, past_key, past_value = (_wide(x) for x in (q, k, v, past_key, past_value))
     if packed:
@@ -66,7 +69,7 @@ def attention(
     seen = (seen if bias is None else seen & ~np.isneginf(bias)).any(axis=-1, keepdims=True)
     y = np.where(seen, out.y, 0)  # where no key takes part, even for NaN
     scores = np.where(seen, out.scores, 0) if qk_matmul_output_mode == 3 else out.scores
-    y = y.swapaxes(1, 2).reshape(len(q), queries, -1) if packed else y
+    y = _packed(y) if packed else y
     return tuple(x.astype(dtype) for x in (y, k, v, scores))
 
 
@@ -80,7 +83,7 @@ def rotary_embedding(
         cos, sin = cos[position_ids], sin[position_ids]
     heads = _heads(x, num_heads) if packed else x
     y, _ = rotary.forward(heads, cos, sin, pairing="interleaved" if interleaved else "half")
-    return ((y.swapaxes(1, 2).reshape(x.shape) if packed else y).astype(dtype),)
+    return ((_packed(y) if packed else y).astype(dtype),)
 
 
 def layer_normalization(x, scale, bias=None, *, axis=-1, epsilon=1e-5, stash_type=1, opset=17):
@@ -95,8 +98,8 @@ def layer_normalization(x, scale, bias=None, *, axis=-1, epsilon=1e-5, stash_typ
 
 def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1, opset=23):
     """RMSNormalization over the axes from `axis` on: (Y,)."""
-    lead = x.shape[: axis % x.ndim]
-    y, _ = rms_norm.forward(_wide(x).reshape(*lead, -1), rms_norm.Params(_wide(scale).ravel()), eps=epsilon)
+    lead, features = x.shape[: axis % x.ndim], scale.size
+    y, _ = rms_norm.forward(_wide(x).reshape(*lead, features), rms_norm.Params(_wide(scale).ravel()), eps=epsilon)
     return (y.reshape(x.shape).astype(x.dtype),)
 
 
@@ -122,4 +125,9 @@ def _wide(x):
 
 def _heads(x, heads):
     """(B, T, H D) as (B, H, T, D)."""
-    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
+
+
+def _packed(x):
+    """(B, H, T, D) as (B, T, H D)."""
+    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
