@@ -160,6 +160,7 @@ BAD = [
     ("top_k_softmax", options(k=0), "k is 0, expected a positive int"),
     ("top_k_softmax", options(ties="none"), "ties is 'none', expected 'first' or 'all'"),
     ("gumbel_softmax", options(temperature=0.0), "temperature is 0.0, expected a positive number"),
+    ("gumbel_softmax", options(temperature=np.inf), "temperature is inf, expected a positive number"),
     ("sparsemax", options(axis=3), "axis is 3, expected an axis of an array of shape"),
     ("entmax", options(axis=3), "axis is 3, expected an axis of an array of shape"),
     # --- channel

@@ -155,6 +155,14 @@ def test_two_scores(rng):
     same((p[:, 0], ds[:, 0]), (np.clip((t + 1) / 2, 0, 1), np.where(np.abs(t) < 1, 0.5, 0)))
 
 
+def test_two_scores_of_entmax():
+    """The roots of the weights are d / 2 apart, and their squares sum to 1."""
+    d = np.linspace(-1.9, 1.9, 33)
+    p, _ = entmax.forward(np.stack([d, np.zeros(33)], 1))
+    larger = (d / 2 + np.sqrt(2 - d * d / 4)) / 2
+    same(p, np.stack([larger**2, (larger - d / 2) ** 2], 1))
+
+
 @pytest.mark.parametrize("module, apart", [(sparsemax, 1.0), (entmax, 2.0)])
 def test_how_far_apart_scores_must_be(module, apart):
     """One weight alone from there on, exactly; and at the kink the support is the smaller one."""

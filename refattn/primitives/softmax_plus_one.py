@@ -53,4 +53,4 @@ def example(draw):
     return Call((draw.array(*shape),), {"mask": mask, "axis": draw.choice("axis", -1, 1, 0)})
 
 
-ABOUT = About(weights="p", laws=("weights_in_unit_interval",), witnesses=("definition",))
+ABOUT = About(weights="p", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))

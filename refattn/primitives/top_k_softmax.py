@@ -63,4 +63,4 @@ def example(draw):
     return Call((draw.array(*shape),), options)
 
 
-ABOUT = About(weights="p", laws=("weights_in_unit_interval",), witnesses=("definition",))
+ABOUT = About(weights="p", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))

@@ -114,5 +114,5 @@ def example(draw):
 ABOUT = About(
     weights="attn",
     laws=("batch_independent", "weights_in_unit_interval", "mask_is_truncation", "causal"),
-    witnesses=("definition",),
+    witnesses=("definition", "relation"),
 )

@@ -95,5 +95,5 @@ def example(draw):
 ABOUT = About(
     weights="attn",
     laws=("batch_independent", "weights_in_unit_interval", "key_permutation_invariant"),
-    witnesses=("definition",),
+    witnesses=("definition", "relation"),
 )
