@@ -449,6 +449,8 @@ BAD = [
     ("streaming", options(jobs=0), "jobs is 0, expected None or a positive int"),
     ("streaming", options(executor=3), "executor is 3, expected None or a concurrent.futures.Executor"),
     ("streaming", options(window=(-1, 0)), "window is (-1, 0), expected None or (left, right)"),
+    ("merge_partial", args(lambda y, lse: (y[:0], lse[:0])), "expected at least one part"),
+    ("merge_partial", args(lambda y, lse: (y, lse + np.inf), lambda c: np.isfinite(c.args[1]).all()), "lse is inf"),
     ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
     ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
     (
