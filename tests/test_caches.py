@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from refattn.attention.dot_product import dot_product_attention, merge_partial
+from refattn import masks
+from refattn.attention.dot_product import dot_product_attention, merge_partial, packed
 from refattn.core import leaves, tree_map
 
 
@@ -101,3 +102,106 @@ def test_lse_far_apart_do_not_overflow(rng):
     share = 1 / (1 + np.exp(-1.0))
     same(out.y, share * y[0] + (1 - share) * y[2])
     same(out.lse, np.full((1, 1, 2), 1e4 - np.log(share)))
+
+
+# --- packed -------------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"is_causal": True},
+    {"is_causal": True, "q_offset": "top_left"},
+    {"window": (1, 1), "softcap": 2.0},
+    {"window": (2, 0), "scale": 0.3},
+]
+LENGTHS_Q, LENGTHS_K = (3, 0, 5, 1, 2), (4, 2, 3, 0, 2)
+
+
+def offsets(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def drawn(rng, queries=sum(LENGTHS_Q), keys=sum(LENGTHS_K)):
+    q, k, v = rng.normal(size=(queries, 4, 3)), rng.normal(size=(keys, 2, 3)), rng.normal(size=(keys, 1, 5))
+    dout = packed.Out(rng.normal(size=(queries, 4, 5)), rng.normal(size=(4, queries)))
+    return (q, k, v, rng.normal(size=4)), dout
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_packed_is_padded(rng, options):
+    """dot_product_attention with q_seqlens and kv_seqlens, to which pad leads, and back from which unpad leads."""
+    args, dout = drawn(rng)
+    cu_q, cu_k = offsets(LENGTHS_Q), offsets(LENGTHS_K)
+    out, grads = run(packed, dout, *args, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True, **options)
+
+    q, k, v = packed.pad(args[0], cu_q), packed.pad(args[1], cu_k), packed.pad(args[2], cu_k)
+    dlse = packed.pad(dout.lse.T[..., None], cu_q)[..., 0]
+    lengths = {"q_seqlens": np.array(LENGTHS_Q), "kv_seqlens": np.array(LENGTHS_K)}
+    padded, (dq, dk, dv, _, dsinks) = run(
+        dot_product_attention,
+        dot_product_attention.Out(packed.pad(dout.y, cu_q), dlse),
+        *(q, k, v, None, args[3]),
+        **({"q_offset": "bottom_right"} | options | lengths),
+        return_lse=True,
+    )
+    same(tuple(out), (packed.unpad(padded.y, cu_q), packed.unpad(padded.lse[..., None], cu_q)[..., 0].T))
+    same(grads, (packed.unpad(dq, cu_q), packed.unpad(dk, cu_k), packed.unpad(dv, cu_k), dsinks))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_packed_is_one_sequence_of_documents(rng, options):
+    """Of queries that are the keys: as they stand in one line, neither the corner nor the document matters to offsets."""
+    lengths = (3, 1, 4)
+    args, dout = drawn(rng, 8, 8)
+    cu = offsets(lengths)
+    out, grads = run(packed, dout, *args, cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=True, **options)
+    whole, (dq, dk, dv, _, dsinks) = run(
+        dot_product_attention,
+        dot_product_attention.Out(dout.y.swapaxes(0, 1)[None], dout.lse[None]),
+        *(x.swapaxes(0, 1)[None] for x in args[:3]),
+        *(None, args[3]),
+        attn_mask=masks.document(lengths=lengths),
+        return_lse=True,
+        **options,
+    )
+    same(tuple(out), (whole.y[0].swapaxes(0, 1), whole.lse[0]))
+    same(grads, (*(d[0].swapaxes(0, 1) for d in (dq, dk, dv)), dsinks))
+
+
+def test_packed_is_sequence_by_sequence(rng):
+    args, dout = drawn(rng)
+    cu_q, cu_k = offsets(LENGTHS_Q), offsets(LENGTHS_K)
+    out, grads = run(packed, dout.y, *args, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, is_causal=True)
+    dsinks = np.zeros(4)
+    for s in range(len(LENGTHS_Q)):
+        a, b = slice(*cu_q[s : s + 2]), slice(*cu_k[s : s + 2])
+        q, k, v, dy = (x.swapaxes(0, 1)[None] for x in (args[0][a], args[1][b], args[2][b], dout.y[a]))
+        seen = np.tri(LENGTHS_Q[s], LENGTHS_K[s], LENGTHS_K[s] - LENGTHS_Q[s], dtype=bool)
+        y, (dq, dk, dv, _, dsink) = run(dot_product_attention, dy, q, k, v, None, args[3], attn_mask=seen)
+        same((out[a], grads[0][a], grads[1][b], grads[2][b]), tuple(x[0].swapaxes(0, 1) for x in (y, dq, dk, dv)))
+        dsinks += dsink
+    same(grads[3], dsinks)
+
+
+def test_packed_sequences_do_not_see_one_another(rng):
+    """Not even NaN of another one; gradients neither."""
+    args, dout = drawn(rng)
+    cu_q, cu_k = offsets(LENGTHS_Q), offsets(LENGTHS_K)
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    out, grads = run(packed, dout.y, *args[:3], **options)
+    spoilt = args[0], args[1].copy(), args[2].copy()
+    spoilt[1][cu_k[2] : cu_k[3]] = spoilt[2][cu_k[2] : cu_k[3]] = np.nan
+    changed, spoilt_grads = run(packed, dout.y, *spoilt, **options)
+    others = [t for t in range(sum(LENGTHS_Q)) if not cu_q[2] <= t < cu_q[3]]
+    assert np.isnan(changed[cu_q[2] : cu_q[3]]).all() and np.array_equal(changed[others], out[others])
+    assert np.array_equal(spoilt_grads[0][others], grads[0][others])
+
+
+def test_pad_and_unpad(rng):
+    x, cu = rng.normal(size=(6, 2, 3)), np.array([0, 2, 2, 6])
+    padded = packed.pad(x, cu)
+    assert padded.shape == (3, 2, 4, 3) and np.array_equal(padded[2, 1], x[2:6, 1])
+    assert (padded[0, :, 2:] == 0).all() and (padded[1] == 0).all()
+    assert np.array_equal(packed.unpad(padded, cu), x)
+    assert np.array_equal(packed.unpad(np.pad(padded, ((0, 0), (0, 0), (0, 2), (0, 0))), cu), x)
+    assert packed.pad(x[:0], np.array([0])).shape == (0, 2, 0, 3)
+    assert np.array_equal(packed.pad(x, cu.astype(np.uint32)), padded)

@@ -451,6 +451,10 @@ BAD = [
     ("streaming", options(window=(-1, 0)), "window is (-1, 0), expected None or (left, right)"),
     ("merge_partial", args(lambda y, lse: (y[:0], lse[:0])), "expected at least one part"),
     ("merge_partial", args(lambda y, lse: (y, lse + np.inf), lambda c: np.isfinite(c.args[1]).all()), "lse is inf"),
+    ("packed", options(cu_seqlens_q=np.array([0, 99])), "cu_seqlens_q is [0, 99], expected offsets from 0 to"),
+    ("packed", options(cu_seqlens_q=np.array([1, 0])), "cu_seqlens_q is [1, 0], expected offsets from 0 to"),
+    ("packed", options(cu_seqlens_k=np.array([0, 99, 0])), "cu_seqlens_"),
+    ("packed", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
     ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
     (
@@ -659,6 +663,16 @@ HELPERS = [  # functions beside forward that are called for themselves: a bad ca
     (
         lambda: streaming.forward_backward(Q, Q, Q, dout=streaming.Out(Q, Q[..., 0, 0]), return_lse=True),
         "streaming.forward_backward: dout, of lse: shape is (1, 2), expected (1, 2, 3)",
+    ),
+    (
+        lambda: packed.pad(np.ones((3, 1, 1)), np.array([0, 2, 1, 3])),
+        "packed.pad: cu_seqlens is [0, 2, 1, 3], expected offsets from 0 to 3, the number of tokens, that never",
+    ),
+    (lambda: packed.unpad(np.ones((2, 1, 1, 1)), np.array([])), "packed.unpad: cu_seqlens has dtype float64, expected"),
+    (lambda: packed.unpad(np.ones((2, 1, 1, 1)), np.array([], int)), "packed.unpad: cu_seqlens is [], expected offset"),
+    (
+        lambda: packed.unpad(np.ones((2, 1, 1, 1)), np.array([0, 1, 3])),
+        "packed.unpad: x.shape is (2, 1, 1, 1), expected 2 sequences, as long as 2",
     ),
     (lambda: rotary.frequencies(0), "rotary.frequencies: features is 0, expected a positive even int"),
     (lambda: rotary.frequencies(3), "rotary.frequencies: features is 3, expected a positive even int"),
