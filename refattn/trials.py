@@ -104,7 +104,7 @@ def _worst(result):
 def run(tasks, jobs):
     """The outcomes of all tasks, in their order, with a progress bar."""
     with report.progress(len(tasks)) as done:
-        if jobs == 1 or len(tasks) == 1:
+        if jobs == 1 or len(tasks) <= 1:
             return [_run_here(task, done) for task in tasks]
         return _run_apart(tasks, min(jobs, len(tasks)), done)
 

@@ -106,6 +106,7 @@ def test_lse_far_apart_do_not_overflow(rng):
 
 # --- packed -------------------------------------------------------------------------------------------------
 
+LENGTHS_Q, LENGTHS_K = (3, 0, 5, 1, 2), (4, 2, 3, 0, 2)  # 11 of both
 OPTIONS = [
     {},
     {"is_causal": True},
@@ -113,14 +114,13 @@ OPTIONS = [
     {"window": (1, 1), "softcap": 2.0},
     {"window": (2, 0), "scale": 0.3},
 ]
-LENGTHS_Q, LENGTHS_K = (3, 0, 5, 1, 2), (4, 2, 3, 0, 2)
 
 
 def offsets(lengths):
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def drawn(rng, queries=sum(LENGTHS_Q), keys=sum(LENGTHS_K)):
+def drawn(rng, queries=11, keys=11):
     q, k, v = rng.normal(size=(queries, 4, 3)), rng.normal(size=(keys, 2, 3)), rng.normal(size=(keys, 1, 5))
     dout = packed.Out(rng.normal(size=(queries, 4, 5)), rng.normal(size=(4, queries)))
     return (q, k, v, rng.normal(size=4)), dout
@@ -149,7 +149,7 @@ def test_packed_is_padded(rng, options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_packed_is_one_sequence_of_documents(rng, options):
-    """Of queries that are the keys: as they stand in one line, neither the corner nor the document matters to offsets."""
+    """Where there are as many keys as queries: then a query is as far from a key in its sequence as in the whole."""
     lengths = (3, 1, 4)
     args, dout = drawn(rng, 8, 8)
     cu = offsets(lengths)
@@ -191,7 +191,7 @@ def test_packed_sequences_do_not_see_one_another(rng):
     spoilt = args[0], args[1].copy(), args[2].copy()
     spoilt[1][cu_k[2] : cu_k[3]] = spoilt[2][cu_k[2] : cu_k[3]] = np.nan
     changed, spoilt_grads = run(packed, dout.y, *spoilt, **options)
-    others = [t for t in range(sum(LENGTHS_Q)) if not cu_q[2] <= t < cu_q[3]]
+    others = [t for t in range(11) if not cu_q[2] <= t < cu_q[3]]
     assert np.isnan(changed[cu_q[2] : cu_q[3]]).all() and np.array_equal(changed[others], out[others])
     assert np.array_equal(spoilt_grads[0][others], grads[0][others])
 

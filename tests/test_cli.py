@@ -433,3 +433,14 @@ def test_tables_and_progress_by_rich(capsys, monkeypatch):
 def test_a_plain_table_is_aligned():
     text = report.plain_table("T", ("a", "long name"), [("value", "1"), ("v", "2")])
     assert text.splitlines() == ["T", "", "a      long name", "-----  ---------", "value  1", "v      2"]
+
+
+def test_a_framework_without_targets_says_so(capsys, monkeypatch):
+    from refattn import frameworks
+
+    class Bare:
+        VERSION, TARGETS = "1.2", ()
+
+    monkeypatch.setattr(frameworks, "load", lambda name: Bare)
+    assert main(["check", "torch"]) == 0
+    assert "torch 1.2: no targets" in capsys.readouterr().out
