@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import refattn
-from refattn.attention.dot_product import alibi, axial_rotary, rotary, streaming
+from refattn.attention.dot_product import alibi, axial_rotary, packed, rotary, streaming
 from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call, tree_map
 from refattn.draw import RandomDraw
@@ -452,7 +452,7 @@ BAD = [
     ("merge_partial", args(lambda y, lse: (y[:0], lse[:0])), "expected at least one part"),
     ("merge_partial", args(lambda y, lse: (y, lse + np.inf), lambda c: np.isfinite(c.args[1]).all()), "lse is inf"),
     ("packed", lambda c: options(cu_seqlens_q=c.options["cu_seqlens_q"] + 1)(c), "cu_seqlens_q is [1"),
-    ("packed", lambda c: options(cu_seqlens_k=np.append(c.options["cu_seqlens_k"][:-1], 99))(c), "99], expected offsets"),
+    ("packed", lambda c: options(cu_seqlens_k=np.append(c.options["cu_seqlens_k"][:-1], 99))(c), "99], expected"),
     ("packed", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
     ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
