@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refattn import masks
-from refattn.attention.dot_product import dot_product_attention, merge_partial, packed
+from refattn.attention.dot_product import cached, dot_product_attention, merge_partial, packed, rotary
 from refattn.core import leaves, tree_map
 
 
@@ -205,3 +205,85 @@ def test_pad_and_unpad(rng):
     assert np.array_equal(packed.unpad(np.pad(padded, ((0, 0), (0, 0), (0, 2), (0, 0))), cu), x)
     assert packed.pad(x[:0], np.array([0])).shape == (0, 2, 0, 3)
     assert np.array_equal(packed.pad(x, cu.astype(np.uint32)), padded)
+
+
+# --- cached -------------------------------------------------------------------------------------------------
+
+STEPS = [[1] * 6, [6], [3, 1, 2], [2, 0, 4]]
+
+
+@pytest.mark.parametrize("buffer", [False, True], ids=["appended", "in a buffer"])
+@pytest.mark.parametrize("turned", [False, True], ids=["plain", "rotary"])
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": (2, 0), "softcap": 2.0, "scale": 0.4}], ids=str)
+def test_decoding_step_by_step(rng, options, steps, turned, buffer):
+    """Is all at once, forward and backward: the gradient of the cache goes back from step to step.
+
+    `turned` says whether queries and keys are rotated for their positions: before each step, or all at once.
+    """
+    q, k, v = rng.normal(size=(2, 4, 6, 4)), rng.normal(size=(2, 2, 6, 4)), rng.normal(size=(2, 1, 6, 3))
+    sinks, dy = rng.normal(size=4), rng.normal(size=(2, 4, 6, 3))
+
+    def rotate(x, start):
+        cos, sin = rotary.tables(start + np.arange(x.shape[2]), rotary.frequencies(4))
+        cos, sin = (np.broadcast_to(table, (2, *table.shape)) for table in (cos, sin))
+        return rotary.forward(x, cos, sin) if turned else (x, None)
+
+    def rotate_back(dx, saved):
+        return rotary.backward(dx, saved)[0] if turned else dx
+
+    (all_q, saved_q), (all_k, saved_k) = rotate(q, 0), rotate(k, 0)
+    whole, (dq, dk, dv, _, dsinks) = run(
+        dot_product_attention, dy, all_q, all_k, v, None, sinks, is_causal=True, **options
+    )
+    dq, dk = rotate_back(dq, saved_q), rotate_back(dk, saved_k)
+
+    length = 7 if buffer else 0
+    past_k, past_v = np.zeros((2, 2, length, 4)), np.zeros((2, 1, length, 3))
+    start, ys, tape = 0, [], []
+    for tokens in steps:
+        now = slice(start, start + tokens)
+        (q_now, turn_q), (k_now, turn_k) = rotate(q[:, :, now], start), rotate(k[:, :, now], start)
+        place = {"cache_seqlens": np.array([start, start])} if buffer else {}
+        (y, past_k, past_v), saved = cached.forward(
+            q_now, k_now, v[:, :, now], past_k, past_v, sinks, **place, **options
+        )
+        ys.append(y)
+        tape.append((now, turn_q, turn_k, saved))
+        start += tokens
+    same(np.concatenate(ys, axis=2), whole)
+    same((past_k[:, :, :6], past_v[:, :, :6]), (all_k, v))
+
+    dpast_k, dpast_v = np.zeros_like(past_k), np.zeros_like(past_v)
+    got = [np.zeros_like(x) for x in (q, k, v, sinks)]
+    for now, turn_q, turn_k, saved in reversed(tape):
+        dout = cached.Out(dy[:, :, now], dpast_k, dpast_v)
+        dq_now, dk_now, dv_now, dpast_k, dpast_v, dsinks_now = cached.backward(dout, saved)
+        got[0][:, :, now], got[1][:, :, now] = rotate_back(dq_now, turn_q), rotate_back(dk_now, turn_k)
+        got[2][:, :, now] = dv_now
+        got[3] += dsinks_now
+    same(tuple(got), (dq, dk, dv, dsinks))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_buffers_filled_to_different_lengths(rng, causal):
+    """Every item is what it is alone with its own past appended to; places that are not filled are never read."""
+    q, k, v = rng.normal(size=(3, 2, 2, 4)), rng.normal(size=(3, 1, 2, 4)), rng.normal(size=(3, 2, 2, 3))
+    past_k, past_v = rng.normal(size=(3, 1, 7, 4)), rng.normal(size=(3, 2, 7, 3))
+    filled = np.array([0, 5, 3])
+    for b, n in enumerate(filled):
+        past_k[b, :, n:], past_v[b, :, n:] = np.nan, np.inf
+    dout = cached.Out(rng.normal(size=(3, 2, 2, 3)), *(rng.normal(size=x.shape) for x in (past_k, past_v)))
+    out, grads = run(cached, dout, q, k, v, past_k, past_v, cache_seqlens=filled, is_causal=causal)
+    for b, n in enumerate(filled):
+        one = slice(b, b + 1)
+        own = q[one], k[one], v[one], past_k[one, :, :n], past_v[one, :, :n]
+        later = cached.Out(dout.y[one], dout.present_k[one, :, : n + 2], dout.present_v[one, :, : n + 2])
+        alone, alone_grads = run(cached, later, *own, is_causal=causal)
+        same((out.y[one], out.present_k[one, :, : n + 2], out.present_v[one, :, : n + 2]), tuple(alone))
+        same(tuple(g[one] for g in grads[:3]), alone_grads[:3])
+        same((grads[3][one, :, :n], grads[4][one, :, :n]), alone_grads[3:5])
+        for present, past, dpresent, dpast in zip(out[1:], (past_k, past_v), dout[1:], grads[3:5]):
+            assert np.array_equal(present[b, :, n + 2 :], past[b, :, n + 2 :], equal_nan=True)
+            assert (dpast[b, :, n : n + 2] == 0).all(), "what was overwritten has no gradient"
+            assert np.array_equal(dpast[b, :, n + 2 :], dpresent[b, :, n + 2 :]), "what is not read is passed on"

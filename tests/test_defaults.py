@@ -68,6 +68,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "multi_head": {"is_causal": False, "add_zero_attn": False},
     "streaming": {"dropout_p": 0.0, "return_lse": False},
     "dot_product_attention": {"is_causal": None, "q_offset": None, "dropout_p": 0.0, "return_lse": False},
+    "cached": {"is_causal": True},
     "packed": {"is_causal": False, "q_offset": "bottom_right", "return_lse": False},
     "scaled_dot_product": {"scale": None, "is_causal": False},
     "normalised_attention": {"normaliser": "softmax", "options": None, "scale": None, "is_causal": False},

@@ -454,6 +454,8 @@ BAD = [
     ("packed", lambda c: options(cu_seqlens_q=c.options["cu_seqlens_q"] + 1)(c), "cu_seqlens_q is [1"),
     ("packed", lambda c: options(cu_seqlens_k=np.append(c.options["cu_seqlens_k"][:-1], 99))(c), "99], expected"),
     ("packed", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
+    ("cached", lambda c: options(cache_seqlens=np.full(len(c.args[0]), 99))(c), "cache_seqlens is [99"),
+    ("cached", lambda c: options(cache_seqlens=np.full(len(c.args[0]), -1))(c), "cache_seqlens is [-1"),
     ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
     ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
     (
