@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refattn import masks
-from refattn.attention.dot_product import cached, dot_product_attention, merge_partial, packed, rotary
+from refattn.attention.dot_product import cached, dot_product_attention, merge_partial, packed, paged, rotary
 from refattn.core import leaves, tree_map
 
 
@@ -287,3 +287,120 @@ def test_buffers_filled_to_different_lengths(rng, causal):
             assert np.array_equal(present[b, :, n + 2 :], past[b, :, n + 2 :], equal_nan=True)
             assert (dpast[b, :, n : n + 2] == 0).all(), "what was overwritten has no gradient"
             assert np.array_equal(dpast[b, :, n + 2 :], dpresent[b, :, n + 2 :]), "what is not read is passed on"
+
+
+# --- paged --------------------------------------------------------------------------------------------------
+
+
+def in_pages(rng):
+    """Three items of 5, 0 and 7 tokens in pages of 3, the first page of two of them the same."""
+    table = np.array([[4, 2, -1], [-1, 99, -7], [4, 0, 5]])
+    q, k, v = rng.normal(size=(3, 4, 3, 2)), rng.normal(size=(6, 3, 2, 2)), rng.normal(size=(6, 3, 1, 5))
+    return (q, k, v, rng.normal(size=4)), {"block_table": table, "kv_seqlens": np.array([5, 0, 7])}
+
+
+PLACES = {  # of every item: page and place in it
+    0: [(4, 0), (4, 1), (4, 2), (2, 0), (2, 1)],
+    1: [],
+    2: [(4, 0), (4, 1), (4, 2), (0, 0), (0, 1), (0, 2), (5, 0)],
+}
+READ = {place for places in PLACES.values() for place in places}
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS[1:], {"is_causal": True, "q_offset": np.array([2, 0, 4])}], ids=str)
+def test_pages_are_what_lies_in_them(rng, options):
+    """Item by item as if it had its keys and values in one piece; a page of two items gets the gradients of both."""
+    (q, k, v, sinks), where = in_pages(rng)
+    dout = paged.Out(rng.normal(size=(3, 4, 3, 5)), rng.normal(size=(3, 4, 3)))
+    out, (dq, dk, dv, dsinks) = run(paged, dout, q, k, v, sinks, **where, **options, return_lse=True)
+    expected = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros_like(sinks)
+    for b, places in PLACES.items():
+        one = slice(b, b + 1)
+        own_k, own_v = (
+            np.stack([x[p] for p in places], axis=1)[None] if places else np.zeros((1, x.shape[2], 0, x.shape[3]))
+            for x in (k, v)
+        )
+        said = {"q_offset": "bottom_right"} | options
+        said["q_offset"] = said["q_offset"][one] if isinstance(said["q_offset"], np.ndarray) else said["q_offset"]
+        of_one = dot_product_attention.Out(dout.y[one], dout.lse[one])
+        alone, grads = run(dot_product_attention, of_one, q[one], own_k, own_v, None, sinks, **said, return_lse=True)
+        same((out.y[one], out.lse[one]), (alone.y, alone.lse))
+        expected[0][one] = grads[0]
+        expected[3][:] += grads[4]
+        for j, place in enumerate(places):
+            expected[1][place] += grads[1][0, :, j]
+            expected[2][place] += grads[2][0, :, j]
+    same((dq, dk, dv, dsinks), expected)
+
+
+def test_what_no_length_reaches_is_not_read(rng):
+    (q, k, v, sinks), where = in_pages(rng)
+    dy = rng.normal(size=(3, 4, 3, 5))
+    clean = run(paged, dy, q, k, v, sinks, **where)
+    for place in np.ndindex(6, 3):
+        if place not in READ:
+            k[place], v[place] = np.nan, np.inf
+    spoilt = run(paged, dy, q, k, v, sinks, **where)
+    for (path, a), (_, b) in zip(leaves(clean), leaves(spoilt), strict=True):
+        assert np.array_equal(a, b), path
+    _, (_, dk, dv, _) = spoilt
+    assert all((dx[place] == 0).all() for dx in (dk, dv) for place in np.ndindex(6, 3) if place not in READ)
+
+
+def test_which_page_is_which_does_not_matter(rng):
+    """Pages in another order, and the table with them."""
+    (q, k, v, sinks), where = in_pages(rng)
+    dy, order = rng.normal(size=(3, 4, 3, 5)), rng.permutation(6)
+    table = where["block_table"]
+    renamed = np.where((table >= 0) & (table < 6), np.argsort(order)[np.clip(table, 0, 5)], table)
+    y, (dq, dk, dv, dsinks) = run(paged, dy, q, k, v, sinks, **where)
+    moved = run(paged, dy, q, k[order], v[order], sinks, **where | {"block_table": renamed})
+    same((y, (dq, dk[order], dv[order], dsinks)), moved)
+
+
+def test_pages_and_packed_and_cached_agree(rng):
+    """One cache, three ways to hold it: the last two tokens of each item attend."""
+    lengths, q = np.array([4, 2, 5]), rng.normal(size=(3, 2, 2, 3))
+    k, v = rng.normal(size=(3, 1, 5, 3)), rng.normal(size=(3, 2, 5, 4))
+    table = np.arange(9).reshape(3, 3)
+    pages = []
+    for x in (k, v):
+        long = np.zeros((3, 6, *x.shape[1::2]))
+        long[:, :5] = x.swapaxes(1, 2)
+        pages.append(long.reshape(9, 2, *x.shape[1::2]))
+    y, _ = paged.forward(q, *pages, block_table=table, kv_seqlens=lengths, is_causal=True)
+
+    cu_q, cu_k = offsets([2, 2, 2]), offsets(lengths)
+    line = packed.unpad(k, cu_k), packed.unpad(v, cu_k)
+    other, _ = packed.forward(packed.unpad(q, cu_q), *line, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, is_causal=True)
+    same(packed.pad(other, cu_q), y)
+
+    new = [np.stack([x[b, :, n - 2 : n] for b, n in enumerate(lengths)]) for x in (k, v)]
+    out, _ = cached.forward(q, *new, k, v, cache_seqlens=lengths - 2)
+    same(out.y, y)
+
+
+# --- integers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64, np.int32])
+def test_lengths_may_be_unsigned(rng, dtype):
+    """More queries than keys: the offset is negative, which no unsigned number is."""
+    (q, k, v, sinks), where = in_pages(rng)
+    q = np.concatenate([q, q, q], axis=2)
+    where["block_table"] = np.maximum(where["block_table"], 0)
+    options = {"is_causal": True, "window": (3, 0)}
+    expected, _ = paged.forward(q, k, v, sinks, **where, **options)
+    got, _ = paged.forward(q, k, v, sinks, **{name: x.astype(dtype) for name, x in where.items()}, **options)
+    assert np.array_equal(got, expected)
+
+    args, _ = drawn(rng)
+    cu = {"cu_seqlens_q": offsets(LENGTHS_Q), "cu_seqlens_k": offsets(LENGTHS_K)}
+    expected, _ = packed.forward(*args, **cu, **options)
+    got, _ = packed.forward(*args, **{name: x.astype(dtype) for name, x in cu.items()}, **options)
+    assert np.array_equal(got, expected)
+
+    x, filled = rng.normal(size=(2, 1, 5, 2)), np.array([0, 2])
+    expected, _ = cached.forward(x[:, :, :3], x[:, :, :3], x[:, :, :3], x, x, cache_seqlens=filled)
+    got, _ = cached.forward(x[:, :, :3], x[:, :, :3], x[:, :, :3], x, x, cache_seqlens=filled.astype(dtype))
+    assert np.array_equal(got.y, expected.y)

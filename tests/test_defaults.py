@@ -69,6 +69,7 @@ OFFICIAL = {  # of forward; where authors' code, paper and ports differ, the aut
     "streaming": {"dropout_p": 0.0, "return_lse": False},
     "dot_product_attention": {"is_causal": None, "q_offset": None, "dropout_p": 0.0, "return_lse": False},
     "cached": {"is_causal": True},
+    "paged": {"is_causal": False, "q_offset": "bottom_right", "return_lse": False},
     "packed": {"is_causal": False, "q_offset": "bottom_right", "return_lse": False},
     "scaled_dot_product": {"scale": None, "is_causal": False},
     "normalised_attention": {"normaliser": "softmax", "options": None, "scale": None, "is_causal": False},

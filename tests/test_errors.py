@@ -456,6 +456,18 @@ BAD = [
     ("packed", options(scale=np.inf), "scale is inf, expected a finite number, or None"),
     ("cached", lambda c: options(cache_seqlens=np.full(len(c.args[0]), 99))(c), "cache_seqlens is [99"),
     ("cached", lambda c: options(cache_seqlens=np.full(len(c.args[0]), -1))(c), "cache_seqlens is [-1"),
+    ("paged", lambda c: options(kv_seqlens=np.full(len(c.args[0]), 99))(c), "kv_seqlens is [99"),
+    ("paged", lambda c: options(kv_seqlens=np.full(len(c.args[0]), -1))(c), "kv_seqlens is [-1"),
+    (
+        "paged",
+        lambda c: options(block_table=0 * c.options["block_table"] - 1)(c) if c.options["kv_seqlens"].any() else None,
+        "expected pages from 0 to",
+    ),
+    (
+        "paged",
+        lambda c: options(block_table=c.options["block_table"] + 99)(c) if c.options["kv_seqlens"].any() else None,
+        "expected pages from 0 to",
+    ),
     ("dot_product_attention", options(return_scores="logits"), "return_scores is 'logits', expected None or one of"),
     ("dot_product_attention", options(convention="torch"), "convention is a str, expected dot_product_attention.Conv"),
     (

@@ -445,7 +445,7 @@ def _offset(what, offset, query_lengths, key_lengths, batch):
     """How far the position of query i is beyond i: (1 or B, 1, 1, 1)."""
     if isinstance(offset, str):
         expect(offset in ("top_left", "bottom_right"), what, offset, "an int, 'top_left' or 'bottom_right'")
-        offset = 0 if offset == "top_left" else key_lengths - query_lengths
+        offset = 0 if offset == "top_left" else np.subtract(key_lengths, query_lengths, dtype=np.int64)
     offset = np.asarray(offset)
     good = offset.dtype.kind in "iu" and offset.shape in ((), (batch,))
     expect(good, what, offset.tolist(), f"an int, one for each of B = {batch} items, 'top_left' or 'bottom_right'")
