@@ -404,3 +404,60 @@ def test_lengths_may_be_unsigned(rng, dtype):
     expected, _ = cached.forward(x[:, :, :3], x[:, :, :3], x[:, :, :3], x, x, cache_seqlens=filled)
     got, _ = cached.forward(x[:, :, :3], x[:, :, :3], x[:, :, :3], x, x, cache_seqlens=filled.astype(dtype))
     assert np.array_equal(got.y, expected.y)
+
+
+# --- torch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_packed_is_torchs_attention_of_jagged_tensors(rng):
+    """Which on a CPU knows no causal mask; varlen_attn itself needs a GPU."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    lengths_q, lengths_k = (3, 5, 1), (4, 3, 2)
+    arrays = rng.normal(size=(9, 2, 3)), rng.normal(size=(9, 2, 3)), rng.normal(size=(9, 2, 4))
+    dy = rng.normal(size=(9, 2, 4))
+    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+    jagged = []
+    for x, lengths in zip(tensors, (lengths_q, lengths_k, lengths_k)):
+        where = {"offsets": torch.tensor(offsets(lengths)), "min_seqlen": min(lengths), "max_seqlen": max(lengths)}
+        jagged.append(torch.nested.nested_tensor_from_jagged(x, **where).transpose(1, 2))
+    theirs = torch.nn.functional.scaled_dot_product_attention(*jagged).transpose(1, 2).values()
+    expected = torch.autograd.grad(theirs, tensors, torch.tensor(dy))
+    ours = run(packed, dy, *arrays, cu_seqlens_q=offsets(lengths_q), cu_seqlens_k=offsets(lengths_k))
+    same((ours[0], ours[1][:3]), (theirs.detach().numpy(), tuple(x.numpy() for x in expected)))
+
+
+@pytest.mark.frameworks
+def test_paged_is_torchs_pool_of_pages(rng):
+    """torch gathers nothing: queries see the whole pool, under a mask that its PagedAttention makes of the table."""
+    torch = pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
+    experimental = pytest.importorskip("torch.nn.attention.experimental._paged_attention")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    size, queries, lengths = 4, 2, (5, 3, 8)
+    pool = experimental.PagedAttention(7, size, 3, device="cpu")
+    for item, length in ((2, 4), (0, 5), (1, 3), (2, 8)):
+        pool.reserve(torch.tensor(item), torch.tensor(length))
+    shared = pool.page_table[0, 0].item()  # it has no call that shares a page: the second item gets that of the first
+    pool.page_table[1, 0], pool.physical_to_logical[1] = shared, -1
+    pool.physical_to_logical[1, shared] = 0
+
+    def takes_part(b, h, i, j):
+        length = torch.tensor(lengths)[b]
+        return (j < length) & (j <= i + length - queries)
+
+    logical = create_block_mask(takes_part, 3, None, queries, 8, device="cpu", BLOCK_SIZE=(queries, size))
+    physical = pool.convert_logical_block_mask(logical, kv_len=torch.tensor(lengths)).mask_mod
+    seen = [[[bool(physical(*map(torch.tensor, (b, 0, i, j)))) for j in range(28)] for i in range(2)] for b in range(3)]
+
+    q, k, v = rng.normal(size=(3, 2, 2, 3)), rng.normal(size=(7, 4, 2, 3)), rng.normal(size=(7, 4, 2, 5))
+    dy = rng.normal(size=(3, 2, 2, 5))
+    tensors = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
+    whole = [x.reshape(28, 2, -1).transpose(0, 1).expand(3, -1, -1, -1) for x in tensors[1:]]
+    mask = torch.tensor(seen)[:, None]
+    theirs = torch.nn.functional.scaled_dot_product_attention(tensors[0], *whole, attn_mask=mask)
+    expected = torch.autograd.grad(theirs, tensors, torch.tensor(dy))
+    where = {"block_table": pool.page_table.numpy(), "kv_seqlens": np.array(lengths)}
+    ours = run(paged, dy, q, k, v, **where, is_causal=True)
+    same((ours[0], ours[1][:3]), (theirs.detach().numpy(), tuple(x.numpy() for x in expected)))

@@ -139,4 +139,6 @@ def example(draw):
     return Call((*(draw.array(*shape) for shape in new), *old, sinks), options)
 
 
-ABOUT = About(weights="attn", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition",))
+ABOUT = About(
+    weights="attn", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition", "relation")
+)

@@ -79,4 +79,4 @@ def example(draw):
     return Call((draw.array(*shape, draw.size("E", high=3)), lse), {})
 
 
-ABOUT = About(weights="weights", laws=("weights_in_unit_interval",), witnesses=("definition",))
+ABOUT = About(weights="weights", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))

@@ -161,4 +161,4 @@ def example(draw):
     return Call((q, k, v, sinks), options)
 
 
-ABOUT = About(witnesses=("definition",))
+ABOUT = About(witnesses=("definition", "relation"))

@@ -86,9 +86,7 @@ def forward(
 @shaped
 def backward(
     dout: Shaped[Array, "B H Q E"] | Out, saved: Saved
-) -> tuple[
-    Shaped[Array, "B H Q D"], Shaped[Array, "P N G D"], Shaped[Array, "P N W E"], Shaped[Array, "H"] | None
-]:
+) -> tuple[Shaped[Array, "B H Q D"], Shaped[Array, "P N G D"], Shaped[Array, "P N W E"], Shaped[Array, "H"] | None]:
     if isinstance(dout, Out):
         dout = dot_product_attention.Out(dout.y, dout.lse)
     dq, dk, dv, _, dsinks = dot_product_attention.backward(dout, saved.attention)
@@ -137,4 +135,6 @@ def example(draw):
     return Call((q, k, draw.array(pages, size, values, passed), sinks), options)
 
 
-ABOUT = About(weights="attn", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition",))
+ABOUT = About(
+    weights="attn", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition", "relation")
+)
