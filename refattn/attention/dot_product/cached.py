@@ -104,7 +104,7 @@ def backward(
 def _write(past, new, slots, room):
     """The past in an array of `room` tokens, with the new ones in their slots."""
     batch, heads, length, features = past.shape
-    present = np.zeros((batch, heads, room, features), np.result_type(past, new))
+    present = np.zeros_like(past, shape=(batch, heads, room, features), dtype=np.result_type(past, new))
     present[:, :, :length] = past
     present[np.arange(batch)[:, None], :, slots] = new.swapaxes(1, 2)  # (B, T, heads, features)
     return present

@@ -76,7 +76,7 @@ def forward(
         ys.append(_unalone(out.y))
         lses.append(out.lse[0])
         sequences.append(saved)
-    nothing = np.empty((0, q.shape[1], v.shape[2]), np.result_type(q, k, v))  # for when there is no sequence at all
+    nothing = np.empty_like(v, shape=(0, q.shape[1], v.shape[2]))  # for when there is no sequence at all
     y, lse = np.concatenate([nothing, *ys]), np.concatenate([nothing[..., 0].T, *lses], axis=1)
     return Out(y, lse) if return_lse else y, Saved(q, k, v, sinks, cu_seqlens_q, tuple(sequences))
 
@@ -104,7 +104,7 @@ def pad(x: Shaped[Array, "T H D"], cu_seqlens: Shaped[Ints, "C"]) -> Shaped[Arra
     """S sequences beside one another, each as long as the longest (L), with zeros after its end."""
     lengths = _lengths("packed.pad: cu_seqlens", cu_seqlens, len(x))
     real = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    padded = np.zeros((*real.shape, *x.shape[1:]), x.dtype)
+    padded = np.zeros_like(x, shape=(*real.shape, *x.shape[1:]))
     padded[real] = x
     return padded.swapaxes(1, 2)
 

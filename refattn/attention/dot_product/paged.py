@@ -97,7 +97,7 @@ def _gather(pages, kv_seqlens, token, place):
     """(B, heads, K, features), zeros from the end of an item on."""
     item, t = token
     _, _, heads, features = pages.shape
-    x = np.zeros((len(kv_seqlens), heads, kv_seqlens.max(initial=0), features), pages.dtype)
+    x = np.zeros_like(pages, shape=(len(kv_seqlens), heads, kv_seqlens.max(initial=0), features))
     x[item, :, t] = pages[place]
     return x
 
@@ -106,7 +106,7 @@ def _scatter(dx, saved):
     """The transpose of _gather: what came from one place is added up there."""
     item, t = saved.token
     _, heads, _, features = dx.shape
-    dpages = np.zeros((saved.pages, saved.size, heads, features), dx.dtype)
+    dpages = np.zeros_like(dx, shape=(saved.pages, saved.size, heads, features))
     np.add.at(dpages, saved.place, dx[item, :, t])
     return dpages
 
