@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.core import About, Array, Call, Shaped, expect, shaped
+from refattn.primitives import logsumexp, softmax
 
 
 class Out(NamedTuple):
@@ -50,15 +51,11 @@ def forward(y: Shaped[Array, "S B H Q E"], lse: Shaped[Array, "S B H Q"]) -> tup
     where = "merge_partial.forward:"
     expect(len(lse) > 0, f"{where} lse.shape", lse.shape, "at least one part")
     expect(not np.isposinf(lse.real).any(), f"{where} lse", np.inf, "less: a part without keys has -inf")
-    empty = np.isneginf(lse.real)
-    top = lse.real.max(axis=0)
-    top = np.where(np.isneginf(top), 0, top)
-    e = np.where(empty, 0, np.exp(np.where(empty, top, lse) - top))
-    total = e.sum(axis=0)
-    positive = np.where(total == 0, 1, total)
-    weights, parts = e / positive, np.where(empty[..., None], 0, y)
+    weights, _ = softmax.forward(lse, axis=0)
+    total, _ = logsumexp.forward(lse, axis=0)
+    parts = np.where(np.isneginf(lse.real)[..., None], 0, y)
     merged = (weights[..., None] * parts).sum(axis=0)
-    return Out(merged, np.where(total == 0, -np.inf, top + np.log(positive))), Saved(parts, weights, merged)
+    return Out(merged, total), Saved(parts, weights, merged)
 
 
 @shaped
