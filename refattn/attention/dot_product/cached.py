@@ -18,14 +18,14 @@ Backward, with a bar for "gradient of the loss with respect to"
     qbar, present_kbar, present_vbar = the backward of dot_product_attention, and to the last two is added what comes
         from later steps
     k_newbar, v_newbar   = the part of it from n to n + T - 1
-    past_kbar, past_vbar = the rest
+    past_kbar, past_vbar = the rest, and 0 where the new was written over it
 
 Choices
     Without cache_seqlens the new is put after the past, as in ONNX's Attention: R = P + T. With it the past is a buffer
     whose first cache_seqlens[b] places are filled, and the new is written after them, as in flash-attn's
     flash_attn_with_kvcache and ONNX's TensorScatter: R = P. Places that are not filled are never read, whatever is in
     them; they stay as they are, so only present's gradient reaches them.
-    The first step has a past of no tokens. is_causal is True unless told, other than there.
+    The first step has a past of no tokens. is_causal is True unless told; in both of those it is False.
     Keys are kept as they are given: rotate them (rotary) for their positions n, n + 1, ... first.
 """
 
