@@ -38,8 +38,11 @@ def by_channels(function, *trees, expansion=1):
     return tree_map(lambda *small: np.concatenate(small), *results)
 
 
-def in_order(function, tasks, jobs, executor=None):
-    """Yield function(*task) of every task, in order; `jobs` at a time, by threads or by an executor."""
+def in_order(function, tasks, jobs, executor=None, ahead=None):
+    """Yield function(*task) of every task, in order; `jobs` at a time, by threads or by an executor.
+
+    So many more (`jobs`, unless given) may be done `ahead`, while an earlier one is waited for: their results wait too.
+    """
     if executor is None and jobs == 1:
         yield from itertools.starmap(function, tasks)
         return
@@ -48,10 +51,10 @@ def in_order(function, tasks, jobs, executor=None):
             if threadpoolctl is not None:  # threads of threads get into each other's way
                 stack.enter_context(threadpoolctl.threadpool_limits(1, "blas"))
             executor = stack.enter_context(ThreadPoolExecutor(jobs))
-        waiting = collections.deque()  # few at a time: results are large
+        waiting = collections.deque()
         for task in tasks:
             waiting.append(executor.submit(function, *task))
-            if len(waiting) >= jobs:
+            if len(waiting) >= jobs + (jobs if ahead is None else ahead):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -62,6 +62,7 @@ from refattn.core import About, Array, Bools, Call, Ints, Shaped, expect, shaped
 ROWS, COLUMNS = 128, 512  # of a block, unless given
 KEPT = 2**20  # so many logits of a block of queries, at most, are kept for the backward pass
 PART = 8  # blocks of queries in a part
+AHEAD = 2**24  # bytes: larger gradients of keys and values are not made before they can be added up
 
 
 class Whole(NamedTuple):
@@ -463,7 +464,8 @@ def _parts(function, call, *along, columns=None):
     length = PART * call.block[0]
     places = [*_places(call, [slice(start, start + length) for start in range(0, call.q.shape[2], length)])]
     tasks = ((_part(call, place, columns), *(_of(x, place.of_q) for x in along)) for place in places)
-    results = in_order(function, tasks, call.jobs, call.executor)
+    large = (call.k[0, 0].nbytes + call.v[0, 0].nbytes if call.k.size else 0) >= AHEAD
+    results = in_order(function, tasks, call.jobs, call.executor, ahead=0 if large else None)
     for place in places:  # zip would keep a result, as large as the gradients may be, until it has the next
         yield place, next(results)
 
