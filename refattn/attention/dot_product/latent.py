@@ -235,6 +235,7 @@ def _check(heads, form, rotated, mask, params):
 
 
 def example(draw):
+    """Latents of two features or more and a large eps: one large number, normalised, is its sign, with no gradient."""
     b, tokens, features, heads = (
         draw.size("B", high=2),
         draw.size("T", high=3),
@@ -246,8 +247,8 @@ def example(draw):
         draw.rng,
         features,
         heads,
-        q_rank=draw.choice("q_rank", None, 1, 2, 3),
-        kv_rank=draw.size("C", high=3),
+        q_rank=draw.choice("q_rank", None, 2, 3),
+        kv_rank=draw.size("C", low=2, high=3),
         nope=nope,
         rope=2 * pairs,
         value=value,
@@ -266,7 +267,7 @@ def example(draw):
         "scale": draw.choice("scale", None, 0.5),
         "mask": draw.mask(b, heads, tokens, tokens) if draw.choice("masked", False, True) else None,
         "is_causal": draw.choice("is_causal", True, False),
-        "eps": draw.choice("eps", 0.01, 0.5),
+        "eps": draw.choice("eps", 0.5, 8.0),
     }
     tables = draw.array(b, tokens, pairs), draw.array(b, tokens, pairs)
     return Call((draw.array(b, tokens, features), *tables, draw.like(params)), options)

@@ -416,7 +416,11 @@ def _accumulators(part, dy, wanted):
     inputs = {"q": part.q, "k": part.k, "v": part.v, "attn_bias": part.bias, "sinks": part.sink}
     chosen = set(inputs) if wanted == "qkv" else set(wanted)
     dtype = np.result_type(dy, *(x for x in inputs.values() if x is not None))
-    return {name: np.zeros(x.shape, dtype) if x is not None and name in chosen else None for name, x in inputs.items()}
+    return {name: _zeros(x, dtype) if x is not None and name in chosen else None for name, x in inputs.items()}
+
+
+def _zeros(like, dtype, shape=None):
+    return np.zeros_like(like, dtype, "C", shape=like.shape if shape is None else shape)
 
 
 def _finite(x):
@@ -537,7 +541,7 @@ def _dtype(call, *more):
 def _new_outputs(call, queries=None):
     """Zeros for y, lse, top and total, of all queries or so many."""
     shape = *call.q.shape[:2], call.q.shape[2] if queries is None else queries
-    return tuple(np.zeros(s, _dtype(call)) for s in ((*shape, call.v.shape[3]), shape, shape, shape))
+    return tuple(_zeros(call.q, _dtype(call), s) for s in ((*shape, call.v.shape[3]), shape, shape, shape))
 
 
 def _put(outputs, place, results):
@@ -546,7 +550,7 @@ def _put(outputs, place, results):
 
 
 def _new_gradients(call, dy):
-    return tuple(None if x is None else np.zeros(x.shape, _dtype(call, dy)) for x in call[:5])
+    return tuple(None if x is None else _zeros(x, _dtype(call, dy)) for x in call[:5])
 
 
 def _add(grads, place, results):
@@ -564,7 +568,7 @@ def _add(grads, place, results):
 def _sampled_rows(call, rows, dy, dlse):
     outputs, dq = _new_outputs(call, len(rows)), None
     if dy is not None:
-        dq = np.zeros((*call.q.shape[:2], len(rows), call.q.shape[3]), _dtype(call, dy))
+        dq = _zeros(call.q, _dtype(call, dy), (*call.q.shape[:2], len(rows), call.q.shape[3]))
     for place in _places(call, [rows]):
         part, at = _part(call, place), place._replace(some=slice(None))
         if dy is None:
@@ -580,7 +584,8 @@ def _sampled_columns(call, columns, dy, dlse, y, lse):
     order = np.argsort(columns)
     nothing = np.isneginf(lse.real)
     top, total = np.where(nothing, 0, lse), np.where(nothing, np.where(np.isnan(y).any(axis=3), np.nan, INF), 1)
-    dk, dv = (np.zeros((*x.shape[:2], len(columns), x.shape[3]), _dtype(call, dy)) for x in (call.k, call.v))
+    shapes = [(x, (*x.shape[:2], len(columns), x.shape[3])) for x in (call.k, call.v)]
+    dk, dv = (_zeros(x, _dtype(call, dy), shape) for x, shape in shapes)
     pull_back = functools.partial(_backward, wanted="kv")
     for place, grads in _parts(pull_back, call, dy, dlse, y, top, total, columns=columns[order]):
         dk[place.item, place.key_head] += grads["k"]
