@@ -1,7 +1,6 @@
 """Position encodings: how they reduce to plain attention, to one another, and to what frameworks compute."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -159,51 +158,6 @@ def test_attention_factor():
     close(rotary.attention_factor(40.0), 0.1 * math.log(40) + 1)
     close(rotary.attention_factor(1.5), 0.1 * math.log(1.5) + 1)
     close(rotary.attention_factor(math.e, 0.707), 1.0707)
-
-
-ONNX = {  # names of ONNX's own cases, and what their node says
-    "": {},
-    "_3d_input": {},
-    "_interleaved": {"interleaved": 1},
-    "_with_rotary_dim": {"rotary_embedding_dim": 4},
-    "_with_interleaved_rotary_dim": {"rotary_embedding_dim": 4, "interleaved": 1},
-    "_no_position_ids": {},
-    "_no_position_ids_interleaved": {"interleaved": 1},
-    "_no_position_ids_rotary_dim": {"rotary_embedding_dim": 4},
-}
-
-
-@pytest.fixture(scope="module")
-def onnx_cases():
-    node = pytest.importorskip("onnx.backend.test.case.node", reason="onnx is not installed: pip install onnx")
-    with warnings.catch_warnings():  # it makes the cases of all operators at once
-        warnings.simplefilter("ignore")
-        cases = node.collect_testcases("RotaryEmbedding")
-    return {case.name: case for case in cases if not case.name.endswith("expanded")}
-
-
-@pytest.mark.frameworks
-def test_no_case_of_onnx_is_left_out(onnx_cases):
-    assert set(onnx_cases) == {"test_rotary_embedding" + name for name in ONNX}
-
-
-@pytest.mark.frameworks
-@pytest.mark.parametrize("name", ONNX)
-def test_rotary_embedding_of_onnx(onnx_cases, name):
-    case = onnx_cases["test_rotary_embedding" + name]
-    (node,) = case.model.graph.node
-    attributes = {a.name: a.i for a in node.attribute}
-    ((x, cos, sin, *positions), (expected,)) = case.data_sets[0]
-    assert {**attributes, **ONNX[name]} == attributes and bool(positions) == ("no_position_ids" not in name)
-    if positions:
-        cos, sin = cos[positions[0]], sin[positions[0]]
-    if x.ndim == 3:
-        x = x.reshape(*x.shape[:2], attributes["num_heads"], -1).swapaxes(1, 2)
-    pairing = "interleaved" if attributes.get("interleaved") else "half"
-    y, _ = rotary.forward(x, cos, sin, pairing=pairing)
-    if expected.ndim == 3:
-        y = y.swapaxes(1, 2).reshape(expected.shape)
-    assert np.abs(y - expected).max() <= 1e-6
 
 
 # --- biases -------------------------------------------------------------------------------------------------
