@@ -1,11 +1,11 @@
 """Dot-product attention in float64: time and peak memory of the plain file, the streaming one and the frameworks.
 
-    python -m benchmarks.dot_product [--json FILE] [--rounds 3] [--memory] [--long]
+    python -m benchmarks.dot_product [--json FILE] [--rounds 3] [--no-memory] [--long]
 
-The first table is the time of forward plus backward in milliseconds (the ONNX evaluator has only a forward), on all
+For every shape: the time of forward plus backward in milliseconds (the ONNX evaluator has only a forward), on all
 cores, medians of runs that take turns, and the floor: the six matrix products alone that both passes need, of whole
-matrices. Install threadpoolctl: without it streaming has one thread. --memory adds the peak of memory beyond inputs,
-each in a process of its own; --long the spot check of a million tokens.
+matrices; and the peak of memory beyond inputs, each in a process of its own. Install threadpoolctl: without it
+streaming has one thread. --long adds the memory at L = 16384 and the spot check of a million tokens.
 """
 
 import argparse
@@ -155,31 +155,35 @@ def measure(shape, rounds):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def speed(rounds):
-    table = []
+def table(rounds, with_memory):
+    rows = []
     for shape in SHAPES:
-        batch, heads, length, features, causal = shape
-        print(f"\n(B, H, L, D) = {(batch, heads, length, features)}, {'causal' if causal else 'not causal'}")
+        *sizes, causal = shape
+        print(f"\n(B, H, L, D) = {tuple(sizes)}, {'causal' if causal else 'not causal'}")
         found = measure(shape, rounds)
         goal = max(found["floor"], found.get("torch SDPA", 0))
+        memory = {name: peak(name, shape) for name in found if with_memory}
         for name, seconds in found.items():
-            print(f"  {name:26}{1e3 * seconds:10.1f} ms{seconds / goal:8.2f} of the larger of torch SDPA and the floor")
-        table.append({"shape": shape, "seconds": found, "streaming ratio": found["streaming"] / goal})
-    return table
+            mib = f"{memory[name]:10.0f} MiB" if with_memory else ""
+            print(f"  {name:26}{1e3 * seconds:10.1f} ms{seconds / goal:8.2f} of the goal{mib}", flush=True)
+        rows.append({"shape": shape, "seconds": found, "MiB": memory, "ratio": found["streaming"] / goal})
+    print("\nThe goal is the larger of torch SDPA and the floor.")
+    return rows
 
 
-def peak(name, length):
-    """MiB that one run takes beyond its inputs: one head, 64 features, in a fresh process."""
-    script = f"from benchmarks import dot_product as d; d.print_peak({name!r}, {length})"
+def peak(name, shape):
+    """MiB that one run takes beyond its inputs, in a fresh process."""
+    script = f"from benchmarks import dot_product as d; d.print_peak({name!r}, {shape!r})"
     return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak(name, length):
+def print_peak(name, shape):
+    *sizes, causal = shape
     run = RUNNERS[name][0]
-    run(*inputs(1, 1, 64, 64), False)  # imports are not counted
-    arrays = inputs(1, 1, length, 64)
+    run(*inputs(1, 1, 64, sizes[-1]), causal)  # imports are not counted
+    arrays = inputs(*sizes)
     before = highest()
-    run(*arrays, False)
+    run(*arrays, causal)
     print(highest() - before)
 
 
@@ -191,20 +195,14 @@ def highest():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def memory():
-    length = 16384
-    print(f"\npeak memory beyond inputs, MiB, one head, D = 64 (y and the gradients are {4 * length * 64 / 2**17:.0f})")
-    found = {}
-    for name, _ in available():
-        if name != "floor":
-            found[name] = peak(name, 4096)
-            print(f"  {name:26}{found[name]:10.0f} at L = 4096", flush=True)
-    found["streaming, long"] = peak("streaming", length)
-    whole = found["plain"] * (length / 4096) ** 2  # the plain file's map grows with the square
-    share = found["streaming, long"] / whole
-    print(f"  {'streaming':26}{found['streaming, long']:10.0f} at L = {length}: {100 * share:.2f} % of the plain")
-    print(f"  {'plain':26}{whole:10.0f} at L = {length}, by its square")
-    return found
+def memory_at(length=16384):
+    """The streaming file where the plain one would need gigabytes: one head, 64 features."""
+    short = length // 4
+    plain, streamed = peak("plain", (1, 1, short, 64, False)) * 16, peak("streaming", (1, 1, length, 64, False))
+    results = 4 * length * 64 / 2**17
+    print(f"\nL = {length}, one head, D = 64, MiB beyond inputs, of which y and the gradients are {results:.0f}:")
+    print(f"  plain {plain:.0f}, 16 times that at {short}; streaming {streamed:.0f}, {100 * streamed / plain:.2f} %")
+    return {"plain": plain, "streaming": streamed}
 
 
 def long(length=1_000_000, period=1000, samples=64):
@@ -241,15 +239,13 @@ def long(length=1_000_000, period=1000, samples=64):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--json", help="write the tables to this file as well")
     given = parser.parse_args()
-    results = {"speed": speed(given.rounds)}
-    if given.memory:
-        results["memory"] = memory()
+    results = {"shapes": table(given.rounds, not given.no_memory)}
     if given.long:
-        results["long"] = long()
+        results |= {"memory": memory_at(), "long": long()}
     if given.json:
         with open(given.json, "w") as file:
             json.dump(results, file, indent=1)

@@ -46,19 +46,30 @@ def shaped(function):
     signature = inspect.signature(function)
     where = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
 
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
+    def check(args, kwargs):
         try:
-            bound = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{where}: {error}, expected {where}{_plain(signature)}") from None
         call = _Unifier(where, function.__module__)
-        for name, value in bound.items():
+        for name, value in bound.arguments.items():
             call.unify(name, value, hints.get(name))
+        return call, bound
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        call, _ = check(args, kwargs)
         result = function(*args, **kwargs)
         call.unify("result", result, result_hint)
         return result
 
+    def arguments(*args, **kwargs):
+        """What the function would be called with, checked, defaults included: {name: value}. It is not called."""
+        _, bound = check(args, kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    checked.arguments = arguments
     checked.hints = hints
     checked.result_hint = result_hint
     return checked

@@ -224,3 +224,12 @@ def test_spelled():
     assert spelled(Params) == "Params(w: (R, C), b: (R,) or None)"
     assert spelled(tied).startswith("tied(x: (N, C), inner: linear.Params with I=C O=R, other: linear.Params or None")
     assert spelled(pair) == "pair(x: (N, R)) -> (test_shapes.Two, ())"
+
+
+def test_arguments_are_checked_and_completed_without_a_call():
+    x, params = z(2, 3), Params(z(4, 3))
+    assert gate.arguments(x, params, eps=0.5) == {"x": x, "params": params, "mask": None, "eps": 0.5}
+    with pytest.raises(ShapeError, match=r"test_shapes.gate: x has shape \(2,\), expected"):
+        gate.arguments(z(2), params)
+    with pytest.raises(TypeError, match=r"test_shapes.gate: .*'esp', expected test_shapes.gate\(x, params"):
+        gate.arguments(x, params, esp=0.5)

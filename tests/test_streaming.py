@@ -199,6 +199,12 @@ def test_chosen_rows_and_columns_are_those_of_the_whole(options, given):
     same(streaming.Sample(*expected), got)
 
 
+def test_no_rows_and_no_columns_are_a_choice_too():
+    q, k, v = problem(np.random.default_rng(1))
+    got = streaming.sampled(q, k, v, dout=q, rows=[], columns=[])
+    assert got.y.shape == (2, 2, 0, 5) and got.dq.shape == (2, 2, 0, 5) and got.dk.shape == (2, 1, 0, 5)
+
+
 def test_rows_alone_need_no_cotangent():
     q, k, v = problem(np.random.default_rng(1))
     got = streaming.sampled(q, k, v, rows=np.array([4]))

@@ -76,6 +76,7 @@ class Whole(NamedTuple):
     mask: Any
     keep: Shaped[Bools, "B? H? Q? K?"] | None
     rules: Rules
+    return_lse: bool
     block: tuple
     jobs: int
     executor: Any
@@ -122,12 +123,10 @@ def forward(
     jobs: int | None = None,
     executor: Any = None,
 ) -> tuple[Shaped[Array, "B H Q E"] | Out, Saved]:
-    call = arguments(
-        *(q, k, v, attn_bias, sinks),
-        scale=scale, attn_mask=attn_mask, is_causal=is_causal, q_offset=q_offset, window=window, softcap=softcap,
-        q_seqlens=q_seqlens, kv_seqlens=kv_seqlens, dropout_keep=dropout_keep, dropout_p=dropout_p,
-        convention=convention, block=block, jobs=jobs, executor=executor,
-    )  # fmt: skip
+    call = _whole(
+        *(q, k, v, attn_bias, sinks, scale, attn_mask, is_causal, q_offset, window, softcap, q_seqlens, kv_seqlens),
+        *(dropout_keep, dropout_p, return_lse, convention, block, jobs, executor),
+    )
     y, lse, top, total = outputs = _new_outputs(call)
     for place, results in _parts(_forward, call):
         _put(outputs, place, results)
@@ -153,20 +152,20 @@ def backward(
     return grads
 
 
-def forward_backward(q, k, v, attn_bias=None, sinks=None, *, dout, return_lse=False, **options):
+def forward_backward(q, k, v, attn_bias=None, sinks=None, *, dout, **options):
     """(out, gradients) of the same arguments and options, in one go: logits that fit are computed only once.
 
     dout is the gradient of y, or with return_lse an Out of the gradients of y and lse.
     """
-    call = arguments(q, k, v, attn_bias, sinks, **options)
-    dy, dlse = _checked("streaming.forward_backward: dout", dout, call, Out if return_lse else np.ndarray)
+    call = _whole(**forward.arguments(q, k, v, attn_bias, sinks, **options))
+    dy, dlse = _checked("streaming.forward_backward: dout", dout, call, Out if call.return_lse else np.ndarray)
     y, lse, *_ = outputs = _new_outputs(call)
     grads = _new_gradients(call, dy)
     for place, results in _parts(_both, call, dy, dlse):
         _put(outputs, place, results[:4])
         _add(grads, place, results[4])
         del results  # before the next part begins: it may be as large as the gradients
-    return Out(y, lse) if return_lse else y, grads
+    return Out(y, lse) if call.return_lse else y, grads
 
 
 def sampled(
@@ -180,7 +179,7 @@ def sampled(
     dout is the gradient of y, or an Out of those of y and lse.
     """
     where = "streaming.sampled:"
-    call = arguments(q, k, v, attn_bias, sinks, **options)
+    call = _whole(**forward.arguments(q, k, v, attn_bias, sinks, **options))
     rows = _chosen(f"{where} rows", rows, q.shape[2])
     columns = _chosen(f"{where} columns", columns, k.shape[2])
     expect(dout is not None or columns is None, f"{where} dout", None, "the gradient of y, as columns are asked for")
@@ -190,7 +189,7 @@ def sampled(
         found |= _sampled_rows(call, rows, dy, dlse)
     if columns is not None:
         if y is None or lse is None:
-            out, _ = forward(q, k, v, attn_bias, sinks, return_lse=True, **options)
+            out, _ = forward(q, k, v, attn_bias, sinks, **options | {"return_lse": True})
             y, lse = out.y, out.lse
         for name, x, shape in (("y", y, dy.shape), ("lse", lse, dy.shape[:3])):
             expect(np.shape(x) == shape, f"{where} {name}.shape", np.shape(x), f"{shape}, one for every query")
@@ -198,31 +197,12 @@ def sampled(
     return Sample(**found)
 
 
-@shaped
-def arguments(
-    q: Shaped[Array, "B H Q D"],
-    k: Shaped[Array, "B G K D"],
-    v: Shaped[Array, "B W K E"],
-    attn_bias: Shaped[Array, "B? H? Q? K?"] | Shaped[Array, "*bias"] | None = None,
-    sinks: Shaped[Array, "H"] | None = None,
-    *,
-    scale: float | None = None,
-    attn_mask: Shaped[Bools, "B? H? Q? K?"] | Shaped[Bools, "Q? K?"] | object = None,
-    is_causal: bool | None = None,
-    q_offset: int | str | Shaped[Ints, "B"] | None = None,
-    window: tuple | None = None,
-    softcap: float | None = None,
-    q_seqlens: Shaped[Ints, "B"] | None = None,
-    kv_seqlens: Shaped[Ints, "B"] | None = None,
-    dropout_keep: Shaped[Bools, "B? H? Q? K?"] | None = None,
-    dropout_p: float = 0.0,
-    convention: Convention | None = None,
-    block: tuple | None = None,
-    jobs: int | None = None,
-    executor: Any = None,
-) -> Whole:
-    """The call of forward, forward_backward or sampled, checked."""
-    where = "streaming.arguments:"
+def _whole(
+    q, k, v, attn_bias, sinks, scale, attn_mask, is_causal, q_offset, window, softcap, q_seqlens, kv_seqlens,
+    dropout_keep, dropout_p, return_lse, convention, block, jobs, executor,
+):  # fmt: skip
+    """The call of forward with these arguments, its options checked."""
+    where = "streaming.forward:"
     rules = settle(
         *(where, q, k, v, attn_bias, attn_mask, dropout_keep, dropout_p, scale, is_causal),
         *(q_offset, window, softcap, q_seqlens, kv_seqlens, convention),
@@ -234,7 +214,7 @@ def arguments(
     fits = executor is None or hasattr(executor, "submit")
     expect(fits, f"{where} executor", executor, "None or a concurrent.futures.Executor")
     jobs = jobs or (usual_jobs() if executor is None else 2 * (os.cpu_count() or 1))
-    return Whole(q, k, v, attn_bias, sinks, attn_mask, dropout_keep, rules, block, jobs, executor)
+    return Whole(q, k, v, attn_bias, sinks, attn_mask, dropout_keep, rules, return_lse, block, jobs, executor)
 
 
 def _positive(n):
@@ -254,7 +234,7 @@ def _checked(what, dout, call, kinds):
 def _chosen(what, positions, length):
     if positions is None:
         return None
-    chosen = np.asarray(positions)
+    chosen = np.asarray(positions, dtype=None if len(positions) else int)
     good = chosen.ndim == 1 and chosen.dtype.kind in "iu" and ((chosen >= 0) & (chosen < length)).all()
     expect(good, what, positions, f"a list of ints from 0 to {length - 1}")
     return chosen
