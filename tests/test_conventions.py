@@ -86,6 +86,60 @@ def test_the_gradients_of_a_preset(name):
     assert seen >= 10
 
 
+# What the measurements say, where they do: whose corner "causal" begins in, if keys are more than queries; what a row
+# of masked keys gets, in float64; whether NaN in a masked key shows.
+ANSWERS = {
+    "torch_sdpa": ("top", "zeros", True),
+    "torch_flex": ("top", "zeros", False),
+    "torch_mha": ("top", "zeros", True),
+    "torch_mha_weights": ("top", "nan", True),
+    "jax": ("top", "mean", False),
+    "flax": ("top", "mean", False),
+    "keras_ops": ("top", "mean", False),
+    "keras_ops_torch": ("top", "mean", True),
+    "keras_mha": ("top", "mean", False),
+    "keras_mha_scores": ("top", "zeros", False),
+    "keras_attention": ("top", "as without a mask", True),
+    "onnx_23": ("top", "zeros", True),
+    "onnx_24": ("top", "zeros", True),
+    "onnx_25": ("top", "zeros", True),
+    "onnx_23_legacy": ("top", "nan", True),
+    "ort_attention": ("top", "zeros", True),
+    "ort_mha": ("top", "nan", True),
+    "ort_gqa": ("bottom", "zeros", False),
+    "flash_attn": ("bottom", "zeros", False),
+    "xformers": ("top", "nan", None),
+    "mlx": ("bottom", "mean", False),
+    "paddle": ("top", "nan", True),
+    "openvino": ("top", "nan", True),
+    "flashinfer": ("bottom", None, None),
+    "cudnn": ("top", "nan", None),
+    "hf_eager": (None, None, True),  # its masks are biases of the lowest float32, which the adapter makes
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_preset_answers_as_measured(name):
+    corner, empty, leaks = ANSWERS[name]
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1, 3, 4))
+
+    def attend(q, k, **options):
+        return dot_product_attention.forward(q, k, v, convention=PRESETS[name], **options)
+
+    if corner is not None:
+        _, saved = attend(q[:, :, :2], k, is_causal=True)
+        assert (saved.attn[0, 0, 0] > 0).sum() == {"top": 1, "bottom": 2}[corner]
+    if empty is not None:
+        mask = np.array([[True] * 3, [False] * 3, [True] * 3])
+        y, unmasked = (attend(q, k, is_causal=False, attn_mask=m)[0][0, 0, 1] for m in (mask, None))
+        expected = {"zeros": 0.0, "nan": np.nan, "mean": v[0, 0].mean(axis=0), "as without a mask": unmasked}
+        np.testing.assert_allclose(y, np.broadcast_to(expected[empty], y.shape), rtol=1e-6, atol=1e-12)
+    if leaks is not None:
+        k[0, 0, 2] = np.nan
+        y, _ = attend(q, k, is_causal=False, attn_mask=np.array([[True, True, False]]))
+        assert np.isnan(y).all() if leaks else np.isfinite(y).all()
+
+
 def test_every_preset_says_what_it_was_measured_with():
     assert all(p.measured for p in PRESETS.values())
     assert len(PRESETS) == 27

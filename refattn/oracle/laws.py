@@ -136,8 +136,10 @@ def second_derivatives_agree(mechanism, call, rng):
     def gradient(*args):
         return tuple(mechanism.backward(dout, forward(*args)[1]))
 
+    if largest(gradient(*call.args)) <= 1e-12 * largest(dout):  # heads that share a value, say, may just cancel
+        dout = generic(rng, out)
     hu, hv = (hessian_vector(forward, mechanism.backward, call.args, dout, t) for t in (u, v))
-    size = largest(gradient(*call.args)) + largest(hu) + largest(hv) + largest(dout) / 1000  # should all others cancel
+    size = largest(gradient(*call.args)) + largest(hu) + largest(hv)
     count = sum(x.size for _, x in leaves(call.args))
     one, other = inner(u, hv), inner(v, hu)
     assert abs(one - other) <= 1e-11 * size * max(count, 1) * 4, (
