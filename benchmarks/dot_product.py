@@ -171,20 +171,25 @@ def table(rounds, with_memory):
     return rows
 
 
+def apart(expression):
+    """Its value, found by a fresh process, whose peak of memory is its own."""
+    script = f"import json; from benchmarks import dot_product as d; print(json.dumps(d.{expression}))"
+    return json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
 def peak(name, shape):
-    """MiB that one run takes beyond its inputs, in a fresh process."""
-    script = f"from benchmarks import dot_product as d; d.print_peak({name!r}, {shape!r})"
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    """MiB that one run takes beyond its inputs."""
+    return apart(f"own_peak({name!r}, {shape!r})")
 
 
-def print_peak(name, shape):
+def own_peak(name, shape):
     *sizes, causal = shape
     run = RUNNERS[name][0]
     run(*inputs(1, 1, 64, sizes[-1]), causal)  # imports are not counted
     arrays = inputs(*sizes)
     before = highest()
     run(*arrays, causal)
-    print(highest() - before)
+    return highest() - before
 
 
 def highest():
@@ -205,7 +210,7 @@ def memory_at(length=16384):
     return {"plain": plain, "streaming": streamed}
 
 
-def long(length=1_000_000, period=1000, samples=64):
+def spot_check(length=1_000_000, period=1000, samples=64):
     """Chosen rows and columns of a sequence of `length`, with keys that repeat, so that the whole answer is known.
 
     n equal keys share what one of them would have: y is the same, lse is log n more, dk and dv are 1/n of it.
@@ -232,8 +237,7 @@ def long(length=1_000_000, period=1000, samples=64):
     seconds, gib = time.perf_counter() - start, highest() / 2**10
     expected = y[:, :, chosen], np.stack([dq[i] for i in chosen]), dk[:, :, chosen % period], dv[:, :, chosen % period]
     agree("sampled", expected, (found.y, found.dq[0, 0], found.dk, found.dv))
-    print(f"\n{samples} rows and columns of L = {length}, D = 64: {seconds:.1f} s, peak {gib:.2f} GiB with inputs")
-    return {"seconds": seconds, "peak GiB": gib}
+    return {"length": length, "samples": samples, "seconds": seconds, "peak GiB": gib}
 
 
 def main():
@@ -245,7 +249,9 @@ def main():
     given = parser.parse_args()
     results = {"shapes": table(given.rounds, not given.no_memory)}
     if given.long:
-        results |= {"memory": memory_at(), "long": long()}
+        results |= {"memory": memory_at(), "long": (found := apart("spot_check()"))}
+        print("\n{samples} rows and columns of L = {length}, D = 64:".format(**found), end=" ")
+        print("{seconds:.1f} s, peak {peak GiB:.2f} GiB with inputs".format(**found))
     if given.json:
         with open(given.json, "w") as file:
             json.dump(results, file, indent=1)
