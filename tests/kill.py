@@ -13,7 +13,7 @@ SUITES = {  # of the files that are no mechanism
     "laws": ("tests/test_laws.py",),
     "derivatives": ("tests/test_core.py", "tests/test_laws.py"),
     "compare": ("tests/test_compare.py", "tests/test_check.py"),
-    "bounds": ("tests/test_bounds.py", "tests/test_check.py"),
+    "noise": ("tests/test_noise.py", "tests/test_check.py"),
     "check": ("tests/test_check.py", "tests/test_cli.py"),
     "contract": ("tests/test_check.py", "tests/test_cli.py"),
     "inputs": ("tests/test_check.py",),

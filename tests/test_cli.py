@@ -15,7 +15,7 @@ import refattn
 from refattn import report, trials
 from refattn.__main__ import main
 from refattn.examples import blocked_attention
-from refattn.oracle import bounds
+from refattn.oracle import noise
 from refattn.registry import everything
 
 
@@ -300,7 +300,7 @@ def test_everything(refattn_cli, little, tmp_path):
 
 
 def test_a_bug_that_is_not_found_is_a_failure(refattn_cli, little, monkeypatch):
-    monkeypatch.setattr(bounds, "FACTOR", 1e12)
+    monkeypatch.setattr(noise, "FACTOR", 1e12)
     status, out, _ = refattn_cli("check", "--jobs", 1, "--examples", 2)
     assert status == 1 and "NOT FOUND" in out and "1 of 4 differ." in out
 

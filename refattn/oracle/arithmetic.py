@@ -9,8 +9,8 @@ dot_product_attention: scores s, probabilities p, their gradients dp and ds. Wha
 the accumulator. Of every other mechanism `out`, `grad` and `accumulator` are read: the result of every operation is
 rounded to what is stored, sums and products are accumulated first.
 
-    ARITHMETICS["bf16_flash"]                         bfloat16 in and out, float32 inside, P and dS cast for the products
-    ARITHMETICS["bf16_flash"]._replace(chain=256)     and no sum longer than 256 terms without a fresh accumulator
+    ARITHMETICS["bf16_flash"]                       bfloat16 in and out, float32 inside, P and dS cast for the products
+    ARITHMETICS["bf16_flash"]._replace(chain=256)   and no sum longer than 256 terms without a fresh accumulator
 """
 
 import math

@@ -1,205 +1,225 @@
-r"""How far a right answer may be from the reference: the allowed error, element by element, of any mechanism.
+r"""How far from the reference a right answer may be, element by element: dot-product attention, in closed form.
 
-No tolerance is picked by hand. The reference itself is run again, forward and backward, as a sloppy machine would:
-every argument and the result of every NumPy operation are off by a random amount, of the size that rounding to the
-candidate's dtype may cause, only SLOPPY times larger. What such runs do to an element is what rounding can do to it.
-
-    allowed = u |y| + FACTOR / SLOPPY rms(y' - y)        y' one of RUNS noisy results, u the unit roundoff
-
-Each operation is moved by a uniform error of at most
-    u |v|          one rounding of the result v; twice that for exp, tanh, ...; 2 u for erfc, often written as 1 - erf
-    u sqrt(n (v^2 / 3 + q / 6) + q)    for a sum v of n terms t_i, q = sum t_i^2, in an order that the terms do not know
-    the smallest normal number         where v is not 0: results may underflow
-so errors that cancel, grow in an iteration, or decide which way a ReLU goes are followed as they happen, not to first
-order. An exact zero (behind a mask, say) stays one, and then the candidate's must be exact too.
+    bounds = attention_bounds(call, dout, ARITHMETICS["bf16_flash"])
+    bounds["dk"].worst, bounds["dk"].stat                                 arrays like dk
 
 What this is, and is not
-    Rigorous: nothing but the u |y|. It is no worst case: rounding errors conspire in sums of equal terms.
-    First order: nothing.
-    Statistical: all of it. The candidate's errors are taken to be about as large as those of the reference's own
-    operations would be; its algorithm may differ (blocks, another order, a recomputed softmax), and FACTOR is there
-    for that and for the scatter of an rms over RUNS. tests/test_bounds.py measures false alarms and what is seen.
-    SLOPPY widens the gap in which a kink counts: where the candidate's rounding may fall on the other side, some of
-    the noisy runs do.
+    worst   rigorous under the stated Arithmetic: no order of summation, no tiles, no luck can put a kernel outside.
+            Exceptions: the slope of the soft cap is bounded to second order, sums of an accumulator that truncates
+            have n u in place of n u / (1 - n u). It is computed in floating point itself, then enlarged by SLACK.
+    stat    LAMBDA standard deviations, under the assumptions of refattn.oracle.statistical; never more than worst.
+            Legitimate on inputs that are drawn.
+    sd      one standard deviation, the last rounding included: for tests of many elements together.
+Each keeps the last rounding, to what is stored, in its worst form, half a unit in the last place: it is attained.
+Of every other mechanism: refattn.oracle.noise.
 """
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import erfc
 
-from refattn.core import tree_map
+from refattn.attention.dot_product import dot_product_attention
+from refattn.attention.dot_product.dot_product_attention import Convention, Out, from_heads, shrink
+from refattn.oracle import statistical, worst_case
+from refattn.oracle.arithmetic import FLOAT32, half_ulp
+from refattn.oracle.attention_part import chain, part_of, parts, pose
 
-SLOPPY = 8.0
-FACTOR = 24.0
-RUNS = 16
-
-
-def unit_roundoff(dtype):
-    """u, half the gap between 1 and the next number."""
-    return float(np.finfo(dtype).eps) / 2
+SLACK = {np.float32: 1.002, np.float64: 1 + 1e-9}  # for the rounding of the bound itself, by its dtype
+GRADIENTS = "dq", "dk", "dv", "dattn_bias", "dsinks"
+TIERS = "worst", "stat"
 
 
-def allowed(value, expected, dtype, seed=0):
-    """The allowed error of each array of `expected`, when computed in `dtype`.
+class Bound(NamedTuple):
+    """Arrays like the value they belong to, or None."""
 
-    `value(noisy)` computes `expected` (a tree) again from noisy copies of its floating-point inputs; it makes such
-    a copy of an array or a tree with the function `noisy` that it is given.
+    worst: Any = None
+    stat: Any = None
+    sd: Any = None
+
+    @property
+    def least(self):
+        """The strictest there is."""
+        return self.worst if self.stat is None else self.stat
+
+
+def reference(call, dout=None):
+    """{name: array} of a canonical call: out, lse, and the gradients if there is a dout; in float64."""
+    options = call.options | {"return_lse": True, "convention": exact(call.options.get("convention"))}
+    (y, lse, _), saved = dot_product_attention.forward(*call.args, **options)
+    values = {"out": y, "lse": lse}
+    if dout is not None:
+        dy, dlse = dout[:2] if isinstance(dout, tuple) else (dout, None)
+        grads = dot_product_attention.backward(Out(dy, np.zeros_like(lse) if dlse is None else dlse, None), saved)
+        values |= {name: g for name, g in zip(GRADIENTS, grads) if g is not None}
+    return values
+
+
+def exact(convention):
+    """A convention as mathematics: no softmax in float32; and a finite mask value replaces what it would swallow."""
+    convention = convention or Convention()
+    finite = convention.mask_value == "lowest" or np.isfinite(convention.mask_value)
+    return convention._replace(softmax_precision=None, **({"mask_op": "replace"} if finite else {}))
+
+
+def attention_bounds(call, dout, arithmetic, tiers=TIERS, values=None):
+    """{name: Bound} of a canonical Call of dot_product_attention (refattn.oracle.canonical).
+
+    `values`, what `reference` gives, saves computing it once more.
     """
-    u = unit_roundoff(dtype)
-    total = tree_map(np.zeros_like, expected)
-    for run in range(RUNS):
-        noise = Noise(np.random.default_rng([seed, run]), SLOPPY * u, float(np.finfo(dtype).tiny), bool(run % 2))
-        with np.errstate(all="ignore"):
-            moved = value(lambda tree, noise=noise: tree_map(noise.start, tree))
-            total = tree_map(lambda s, y, e: s + (np.asarray(y) - e) ** 2, total, moved, expected)
-
-    return tree_map(lambda y, s: u * np.abs(y) + FACTOR * np.sqrt(s / RUNS) / SLOPPY, expected, total)
-
-
-def allowed_of_call(mechanism, call, dout, expected, dtype, seed=0):
-    """`allowed` for a mechanism's (out, gradients); for out alone where dout is None, and `expected` is (out, None)."""
-
-    def value(noisy):
-        out, saved = mechanism.forward(*noisy(call.args), **{k: noisy(v) for k, v in call.options.items()})
-        return out, None if dout is None else tuple(mechanism.backward(noisy(dout), saved))
-
-    return allowed(value, expected, dtype, seed)
+    values = reference(call, dout) if values is None else values
+    call = call._replace(options=call.options | {"convention": exact(call.options.get("convention"))})
+    problem = pose(call, dout, values, arithmetic)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
+        worst = _collect(worst_case, problem) if "worst" in tiers else None
+        stat = _collect(statistical, problem) if "stat" in tiers else None
+        finish = _Finish(problem, call, values, arithmetic, SLACK[problem.dtype])
+        return {name: finish.bound(name, worst, stat) for name in values}
 
 
-# --- arithmetic that is off by a little ----------------------------------------------------------------------
-
-BASIC = {np.add, np.subtract, np.multiply, np.divide, np.sqrt, np.square, np.reciprocal}  # rounded once
-EXACT = {np.negative, np.positive, np.absolute, np.fabs, np.sign, np.maximum, np.minimum, np.fmax, np.fmin, np.copysign,
-         np.floor, np.ceil, np.trunc, np.rint, np.conjugate, np.ldexp, np.nextafter}  # fmt: skip
-
-
-class Noise(NamedTuple):
-    rng: np.random.Generator
-    unit: float  # relative size of one error
-    tiny: float  # absolute size of an underflow
-    afresh: bool  # a sum that is used twice has another error each time: it might be computed again, in another way
-
-    def start(self, x):
-        """A noisy copy of an argument or a constant, if it is an array of real numbers."""
-        if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
-            return x
-        return self.add(x, self.unit * np.abs(x))
-
-    def add(self, x, spread, remember=False):
-        """x, each element moved by up to its spread, as an array that goes on being noisy."""
-        error = self.rng.uniform(-1, 1, np.shape(x)) * (spread + self.tiny)
-        moved = self.wrap(np.where(np.isfinite(error) & (x != 0), x + error, x))
-        if remember and self.afresh:
-            moved.exact = x, spread
-        return moved
-
-    def add_at(self, target, index, values):
-        """np.add.at: sums that gather in one place."""
-        n, squares = np.zeros_like(target), np.zeros_like(target)
-        for sums, terms in ((target, values), (n, 1), (squares, values * values)):
-            np.add.at(sums, index, terms)
-        target[...] = _plain(self.add(target, self.unit * _sum_of(n, target, squares)))
-
-    def wrap(self, x):
-        if isinstance(x, tuple):
-            return type(x)(map(self.wrap, x))
-        if not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind != "f":
-            return x
-        x = np.asarray(x).view(Noisy)
-        x.noise = self
-        return x
-
-    def use(self, x):
-        """What an operation sees of an operand."""
-        if isinstance(x, Noisy) and x.exact is not None:
-            x = self.add(*x.exact)
-        elif isinstance(x, np.ndarray) and not isinstance(x, Noisy) and x.ndim:
-            x = self.start(x)  # a constant is rounded too
-        return _plain(x)
+def _collect(tier, problem):
+    """A tier's errors or variances of the whole call, {name: array}; dk and dv of every query head."""
+    heads = problem.q.shape[:2]
+    (queries, features), (keys, wide) = problem.q.shape[2:], problem.v.shape[2:]
+    whole, gradients = problem.dtype, problem.dy is not None
+    shapes = {"out": (queries, wide), "lse": (queries, 1), "lost": (queries, wide)}
+    if gradients:
+        shapes |= {"dq": (queries, features), "dk": (keys, features), "dv": (keys, wide), "dsinks": (1, 1)}
+        shapes |= {"lost_dq": (queries, features), "lost_dk": (keys, features), "lost_dv": (keys, wide)}
+        shapes |= {"abs_dk": (keys, features), "abs_dv": (keys, wide)}
+        if problem.bias is not None:
+            shapes |= {"dattn_bias": (queries, keys), "abs_dattn_bias": (queries, keys)}
+    found = {name: np.zeros(heads + shape, whole) for name, shape in shapes.items()}
+    for b, some, rows in parts(problem):
+        part = part_of(problem, b, some, rows)
+        fwd = tier.forward(part)
+        for name in ("out", "lse", "lost"):
+            found[name][b, some, rows] = getattr(fwd, name)
+        if not gradients:
+            continue
+        grads = tier.backward(part, fwd, queries)
+        found["dq"][b, some, rows] = grads.dq
+        found["dk"][b, some] += grads.dk
+        found["dv"][b, some] += grads.dv
+        found["dsinks"][b, some] += grads.dsinks.sum(axis=-2, keepdims=True)
+        if tier is statistical:
+            found["lost_dq"][b, some, rows] = grads.lost_dq
+            found["lost_dk"][b, some] += grads.lost_dk
+            found["lost_dv"][b, some] += grads.lost_dv
+        slope = 1 if part.slope is None else part.slope
+        weights = part.p if part.kept is None else part.p * part.kept
+        found["abs_dk"][b, some] += part.scale * ((part.ds * slope).swapaxes(-1, -2) @ part.q)  # made absolute below
+        found["abs_dv"][b, some] += weights.swapaxes(-1, -2) @ part.dy
+        if problem.bias is not None:
+            found["dattn_bias"][b, some, rows] = grads.dbias
+            found["abs_dattn_bias"][b, some, rows] = np.abs(part.ds)
+    return found
 
 
-class Noisy(np.ndarray):
-    """An array whose arithmetic is noisy: a NumPy subclass, so that a mechanism runs on it unchanged."""
+class _Finish(NamedTuple):
+    """From what one head makes of its own part to what is stored."""
 
-    def __array_finalize__(self, source):
-        self.noise, self.exact = getattr(source, "noise", None), None
+    problem: Any
+    call: Any
+    values: dict
+    arithmetic: Any
+    slack: float
 
-    def __setitem__(self, index, value):
-        self.exact = None
-        super().__setitem__(index, value)
+    def bound(self, name, worst, stat):
+        value = np.abs(np.where(np.isfinite(self.values[name]), self.values[name], 0)).astype(np.float64)
+        form = {"out": self.arithmetic.out, "lse": self.arithmetic.lse}.get(name, self.arithmetic.grad)
+        flush = form.tiny if self.arithmetic.flush else 0
+        dead = self._dead(name, value)
+        most = None
+        if worst is not None:
+            error = self.slack * self._worst(name, worst, value)
+            most = np.where(dead, 0, error + half_ulp(value + error, form) + flush)
+        if stat is None:
+            return Bound(most)
+        variance, lost = self._variance(name, stat, value)
+        sd = self.slack * np.sqrt(variance)
+        error = statistical.LAMBDA * sd + self.slack * lost
+        usual = np.where(dead, 0, error + half_ulp(value + error, form) + flush)
+        usual = usual if most is None else np.minimum(usual, most)
+        last = half_ulp(value, form)
+        return Bound(most, usual, np.sqrt(sd * sd + lost * lost + last * last / 3))
 
-    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
-        noise = next(x.noise for x in (*inputs, *(out or ())) if isinstance(x, Noisy))
-        if method == "at" and ufunc is np.add:
-            return noise.add_at(*map(_plain, inputs))
-        exact = ufunc in EXACT or method == "at"
-        operands = [_plain(x) if exact else noise.use(x) for x in inputs]
-        target = {} if out is None else {"out": tuple(map(_plain, out))}
-        result = getattr(ufunc, method)(*operands, **target, **kwargs)
-        if out is not None and isinstance(out[0], Noisy):
-            out[0].exact = None
-        if exact or isinstance(result, tuple) or result.dtype.kind != "f":
-            return noise.wrap(result) if out is None else out[0]
-        spread = noise.unit * _growth(ufunc, method, operands, kwargs, result)
-        noisy = noise.add(result, spread, remember=ufunc is np.matmul or method == "reduce")
-        if out is None:
-            return noisy
-        target["out"][0][...] = _plain(noisy)
-        return out[0]
+    def _dead(self, name, value):
+        """Queries that attend to nothing: their zeros are exact."""
+        if name not in ("out", "dq", "lse"):
+            return np.zeros(value.shape, bool)
+        dead = np.isneginf(self.values["lse"])
+        return dead if name == "lse" else dead[..., None]
 
-    def __array_function__(self, function, types, args, kwargs):
-        if function not in PRODUCTS:
-            return self.noise.wrap(super().__array_function__(function, types, args, kwargs))
-        operands = [self.noise.use(x) for x in args]
-        v = function(*operands, **kwargs)
-        squares = function(*(x * x if isinstance(x, np.ndarray) else x for x in operands), **kwargs)
-        return self.noise.add(v, self.noise.unit * _sum_of(PRODUCTS[function](*operands), v, squares), remember=True)
+    def _worst(self, name, errors, value):
+        a = self.arithmetic
+        if name == "lse":
+            return errors["lse"][..., 0].astype(np.float64)
+        if name in ("dk", "dv"):
+            heads = self._shared(name)
+            error, size = self._sum(errors[name], heads), self._sum(np.abs(errors[f"abs_{name}"]), heads)
+            times = self.problem.q.shape[1] // heads
+            if times > 1:
+                u = FLOAT32.u if a.shared_heads is None else a.shared_heads.u + FLOAT32.u
+                u = u if a.softmax.precision <= FLOAT32.precision else a.softmax.u
+                error = error * (1 + times * u) + times * u * size
+                error = error + (0 if a.shared_heads is None else 2 * times * a.shared_heads.eta)
+            if a.partial is not None:
+                tiles = -(-self.problem.q.shape[2] // a.partial_queries)
+                error = error * (1 + tiles * a.partial.u) + tiles * a.partial.eta
+            return error
+        if name == "dattn_bias":
+            error = shrink(errors[name], value.shape)
+            size = shrink(errors[f"abs_{name}"], value.shape)
+            n = self._summed(value)
+            return error + (n > 1) * (n * a.softmax.u * (size + error))
+        if name == "dsinks":
+            n = self.problem.q.shape[0] * self.problem.q.shape[2]
+            error = errors[name].sum(axis=0)[:, 0, 0].astype(np.float64)
+            return error + n * a.softmax.u * (value + error)
+        return errors[name].astype(np.float64)
 
+    def _variance(self, name, found, value):
+        """And what is lost to one side."""
+        a, u = self.arithmetic, self.arithmetic.softmax.u
+        if name == "lse":
+            return found["lse"][..., 0].astype(np.float64), 0.0
+        if name in ("dk", "dv"):
+            heads = self._shared(name)
+            times = self.problem.q.shape[1] // heads
+            variance, lost = self._sum(found[name], heads), self._sum(found[f"lost_{name}"], heads)
+            size = self._sum(np.abs(found[f"abs_{name}"]), heads)
+            squares = self._sum(found[f"abs_{name}"] ** 2, heads)
+            n = chain(a, self.problem.q.shape[2])
+            acc = a.accumulator.u * (2 if a.accumulator_truncates else 1)
+            variance = variance + acc**2 / 3 * n / 3 * squares
+            if a.accumulator_truncates:
+                variance = variance + (0.25 * acc * n) ** 2 * (size + np.sqrt(squares)) ** 2
+            if times > 1:
+                variance = variance + times * FLOAT32.u**2 / 3 * size**2 * (u >= FLOAT32.u)
+                if a.shared_heads is not None:
+                    variance = variance + a.shared_heads.u**2 / 3 * (squares + (times - 1) * size**2)
+                    variance = variance + (2 * times * a.shared_heads.eta) ** 2
+            if a.partial is not None:
+                tiles = -(-self.problem.q.shape[2] // a.partial_queries)
+                variance = variance + a.partial.u**2 / 3 * (tiles / 3 + 1) * squares + tiles * a.partial.eta**2
+            return variance, lost
+        if name == "dattn_bias":
+            n = self._summed(value)
+            variance = shrink(found[name], value.shape)
+            squares = shrink(found[f"abs_{name}"] ** 2, value.shape)
+            return variance + (n > 1) * u**2 / 3 * (n * (value**2 / 3 + squares / 6) + squares), 0.0
+        if name == "dsinks":
+            n = self.problem.q.shape[0] * self.problem.q.shape[2]
+            return found[name].sum(axis=0)[:, 0, 0].astype(np.float64) + n * u**2 / 3 * value**2, 0.0
+        lost = found["lost" if name == "out" else f"lost_{name}"]
+        return found[name].astype(np.float64), lost.astype(np.float64)
 
-def _plain(x):
-    return x.view(np.ndarray) if isinstance(x, Noisy) else x
+    def _shared(self, name):
+        return self.call.args[1 if name == "dk" else 2].shape[1]
 
+    def _sum(self, x, heads):
+        return from_heads(x.astype(np.float64), heads, self.problem.rules.convention.gqa_order)
 
-def _growth(ufunc, method, inputs, kwargs, v):
-    """The size of the error of an operation, in units of roundoff."""
-    if ufunc is np.matmul:
-        a, b = inputs
-        return _sum_of(a.shape[-1], v, np.matmul(a * a, b * b, **{k: x for k, x in kwargs.items() if k == "axes"}))
-    if method in ("reduce", "accumulate", "reduceat"):
-        terms, rest = inputs[0], inputs[1:]
-        length = max(1, terms.size // max(1, np.size(v))) if method == "reduce" else max(terms.shape, default=1)
-        if ufunc is not np.add:
-            return length * np.abs(v)
-        return _sum_of(length, v, getattr(ufunc, method)(terms * terms, *rest, **kwargs))
-    if ufunc is erfc:
-        return 2 * np.maximum(np.abs(v), 1)  # others write 1 - erf, and lose digits where it is small
-    return np.abs(v) if ufunc in BASIC else 2 * np.abs(v)
-
-
-def _sum_of(n, v, squares):
-    """Of a sum v of n terms, in random order, each partial sum rounded; `squares` is the sum of the squared terms."""
-    return np.sqrt(n * (v * v / 3 + squares / 6) + squares)
-
-
-def _summed(subscripts, *operands):
-    """The number of terms in each sum of an einsum."""
-    terms, _, kept = subscripts.replace(" ", "").partition("->")
-    lengths = {}
-    for term, x in zip(terms.split(","), operands):
-        before, dots, after = term.partition("...")
-        lengths |= dict(zip(before, x.shape)) | (dict(zip(after[::-1], x.shape[::-1])) if dots else {})
-    return math.prod(n for letter, n in lengths.items() if letter not in kept)
-
-
-PRODUCTS = {  # of two operands, linear in each: how many terms are summed
-    np.einsum: _summed,
-    np.dot: lambda a, b: a.shape[-1],
-    np.inner: lambda a, b: a.shape[-1],
-    np.tensordot: lambda a, b, axes=2: math.prod(a.shape[i] for i in np.arange(a.ndim)[_axes_of_first(axes)]),
-}
-
-
-def _axes_of_first(axes):
-    return slice(-axes, None) if isinstance(axes, int) else axes[0]
+    def _summed(self, value):
+        """How many numbers are summed to one of attn_bias."""
+        return (self.problem.bias.size // max(1, value.size)) if self.problem.bias is not None else 1

@@ -15,7 +15,7 @@ import numpy as np
 
 from refattn.core import leaves, tree_map
 from refattn.draw import RandomDraw
-from refattn.oracle.bounds import allowed_of_call
+from refattn.oracle.noise import allowed_of_call
 from refattn.oracle.compare import Verdict, compare
 from refattn.oracle.contract import NotHandled, claim, claimed, exercised, parameter_names, runner
 from refattn.oracle.derivatives import Inconclusive, complex_step

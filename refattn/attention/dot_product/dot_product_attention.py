@@ -182,21 +182,43 @@ def backward(
     heads, order, i = q.shape[1], rules.convention.gqa_order, np.arange(q.shape[2])
     kept = 1 if keep is None else keep.astype(dy.real.dtype) * rules.keep_factor
     dy, dlse = only_real(dy, i, rules, 0), only_real(dlse, i, rules, 0)
-    dattn = unweigh(dy, for_heads(v, heads, order), seen, rules) * kept + dstages.get("probs", 0)
+    values = for_heads(v, heads, order)
+    centre = _in_common(values, keep, rules)
+    dattn = unweigh(dy, values - centre, seen, rules) * kept + dstages.get("probs", 0)
     dv = from_heads((taken(attn, seen, rules) * kept).swapaxes(-1, -2) @ dy, v.shape[1], order)
     dsoftmax = only_real(silence(dattn, seen, rules), i, rules, 0)
-    pull = (0 if dlse is None else dlse[..., None]) - (dsoftmax * softmax).sum(axis=-1, keepdims=True)
-    dlogits = softmax * (dsoftmax + pull)
+    dlargest = _at_largest(dsoftmax, softmax)
+    dsoftmax = dsoftmax - dlargest
+    share = 0  # of the sink, whose own pbar is 0
     if sinks is not None:
-        share = np.exp(sinks[:, None] - np.where(np.isneginf(lse.real), INF, lse))  # of the sink
+        share = np.exp(sinks[:, None] - np.where(np.isneginf(lse.real), INF, lse))[..., None]
+    dsink = -only_real((dy * centre).sum(axis=-1, keepdims=True), i, rules, 0) - dlargest
+    pull = (0 if dlse is None else dlse[..., None]) - (dsoftmax * softmax).sum(axis=-1, keepdims=True) - share * dsink
+    dlogits = softmax * (dsoftmax + pull)
     dproducts, dlogits = scores_backward(dlogits, dstages, uncapped, seen, rules)
     return (
         rules.scale * (dproducts @ for_heads(k, heads, order)),
         from_heads(rules.scale * (dproducts.swapaxes(-1, -2) @ q), k.shape[1], order),
         dv,
         None if attn_bias is None else shrink(dlogits, attn_bias.shape),
-        None if sinks is None else (share * pull[..., 0]).sum(axis=(0, 2)),
+        None if sinks is None else (share * (dsink + pull)).sum(axis=(0, 2, 3)),
     )
+
+
+def _in_common(v, keep, rules):
+    """Something to subtract from all values (B, H, 1, E): pbar changes by one number a row, and the logits do not."""
+    if keep is not None or rules.convention.fully_masked == "zero_probs" or not v.shape[2]:
+        return np.zeros_like(v[:, :, :0].sum(axis=2, keepdims=True))
+    first = v[:, :, :1]
+    return np.where(np.isfinite(first), first, 0)
+
+
+def _at_largest(dsoftmax, softmax):
+    """pbar of the likeliest key. Without it pbar - sum pbar p loses all digits where one p is nearly 1."""
+    if not softmax.shape[-1]:
+        return np.zeros_like(dsoftmax.sum(axis=-1, keepdims=True))
+    at = np.take_along_axis(dsoftmax, softmax.real.argmax(axis=-1)[..., None], axis=-1)
+    return np.where(np.isfinite(at), at, 0)
 
 
 # --- the steps, of any part of the queries and keys: streaming takes them too --------------------------------

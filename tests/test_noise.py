@@ -10,8 +10,8 @@ from refattn.attention.channel import squeeze_excitation
 from refattn.attention.dot_product import multi_head, scaled_dot_product
 from refattn.core import Call, leaves, tree_map
 from refattn.draw import RandomDraw
-from refattn.oracle import bounds
-from refattn.oracle.bounds import allowed, allowed_of_call, unit_roundoff
+from refattn.oracle import noise
+from refattn.oracle.noise import allowed, allowed_of_call, unit_roundoff
 from refattn.oracle.check import check
 from refattn.oracle.inputs import rounded
 from refattn.primitives import batch_norm, conv, gru_cell, linear, softmax
@@ -128,12 +128,12 @@ def test_noise_is_never_lost(mechanism):
     """An array made by np.empty, say, in place of np.empty_like, would compute without noise from there on."""
     for seed in range(4):
         call = mechanism.example(RandomDraw(seed))
-        start = bounds.Noise(np.random.default_rng(seed), 1e-7, 1e-38, afresh=bool(seed % 2)).start
+        start = noise.Noise(np.random.default_rng(seed), 1e-7, 1e-38, afresh=bool(seed % 2)).start
         args, options = rounded(call, np.float64)
         options = {name: tree_map(start, value) for name, value in options.items()}
         out, saved = mechanism.forward(*tree_map(start, args), **options)
         grads = mechanism.backward(tree_map(start, tree_map(lambda y: np.ones(y.shape), out)), saved)
-        plain = [path for path, x in leaves((out, tuple(grads))) if not isinstance(x, bounds.Noisy)]
+        plain = [path for path, x in leaves((out, tuple(grads))) if not isinstance(x, noise.Noisy)]
         assert not plain, f"{mechanism}: computed without noise: {plain}"
 
 
@@ -316,6 +316,6 @@ def test_mistakes_in_gradients_are_found(module, change):
 
 
 def test_a_bound_that_allows_everything_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(bounds, "FACTOR", 1e9)
+    monkeypatch.setattr(noise, "FACTOR", 1e9)
     forward, backward = pair(wrong(linear, CHANGES["first gradient, 1e-4 off"]))
     assert check(forward, "linear", backward=backward, max_examples=4).ok

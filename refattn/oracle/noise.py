@@ -1,0 +1,205 @@
+r"""How far a right answer may be from the reference: the allowed error, element by element, of any mechanism.
+
+No tolerance is picked by hand. The reference itself is run again, forward and backward, as a sloppy machine would:
+every argument and the result of every NumPy operation are off by a random amount, of the size that rounding to the
+candidate's dtype may cause, only SLOPPY times larger. What such runs do to an element is what rounding can do to it.
+
+    allowed = u |y| + FACTOR / SLOPPY rms(y' - y)        y' one of RUNS noisy results, u the unit roundoff
+
+Each operation is moved by a uniform error of at most
+    u |v|          one rounding of the result v; twice that for exp, tanh, ...; 2 u for erfc, often written as 1 - erf
+    u sqrt(n (v^2 / 3 + q / 6) + q)    for a sum v of n terms t_i, q = sum t_i^2, in an order that the terms do not know
+    the smallest normal number         where v is not 0: results may underflow
+so errors that cancel, grow in an iteration, or decide which way a ReLU goes are followed as they happen, not to first
+order. An exact zero (behind a mask, say) stays one, and then the candidate's must be exact too.
+
+What this is, and is not
+    Rigorous: nothing but the u |y|. It is no worst case: rounding errors conspire in sums of equal terms.
+    First order: nothing.
+    Statistical: all of it. The candidate's errors are taken to be about as large as those of the reference's own
+    operations would be; its algorithm may differ (blocks, another order, a recomputed softmax), and FACTOR is there
+    for that and for the scatter of an rms over RUNS. tests/test_noise.py measures false alarms and what is seen.
+    SLOPPY widens the gap in which a kink counts: where the candidate's rounding may fall on the other side, some of
+    the noisy runs do.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import erfc
+
+from refattn.core import tree_map
+
+SLOPPY = 8.0
+FACTOR = 24.0
+RUNS = 16
+
+
+def unit_roundoff(dtype):
+    """u, half the gap between 1 and the next number."""
+    return float(np.finfo(dtype).eps) / 2
+
+
+def allowed(value, expected, dtype, seed=0):
+    """The allowed error of each array of `expected`, when computed in `dtype`.
+
+    `value(noisy)` computes `expected` (a tree) again from noisy copies of its floating-point inputs; it makes such
+    a copy of an array or a tree with the function `noisy` that it is given.
+    """
+    u = unit_roundoff(dtype)
+    total = tree_map(np.zeros_like, expected)
+    for run in range(RUNS):
+        noise = Noise(np.random.default_rng([seed, run]), SLOPPY * u, float(np.finfo(dtype).tiny), bool(run % 2))
+        with np.errstate(all="ignore"):
+            moved = value(lambda tree, noise=noise: tree_map(noise.start, tree))
+            total = tree_map(lambda s, y, e: s + (np.asarray(y) - e) ** 2, total, moved, expected)
+
+    return tree_map(lambda y, s: u * np.abs(y) + FACTOR * np.sqrt(s / RUNS) / SLOPPY, expected, total)
+
+
+def allowed_of_call(mechanism, call, dout, expected, dtype, seed=0):
+    """`allowed` for a mechanism's (out, gradients); for out alone where dout is None, and `expected` is (out, None)."""
+
+    def value(noisy):
+        out, saved = mechanism.forward(*noisy(call.args), **{k: noisy(v) for k, v in call.options.items()})
+        return out, None if dout is None else tuple(mechanism.backward(noisy(dout), saved))
+
+    return allowed(value, expected, dtype, seed)
+
+
+# --- arithmetic that is off by a little ----------------------------------------------------------------------
+
+BASIC = {np.add, np.subtract, np.multiply, np.divide, np.sqrt, np.square, np.reciprocal}  # rounded once
+EXACT = {np.negative, np.positive, np.absolute, np.fabs, np.sign, np.maximum, np.minimum, np.fmax, np.fmin, np.copysign,
+         np.floor, np.ceil, np.trunc, np.rint, np.conjugate, np.ldexp, np.nextafter}  # fmt: skip
+
+
+class Noise(NamedTuple):
+    rng: np.random.Generator
+    unit: float  # relative size of one error
+    tiny: float  # absolute size of an underflow
+    afresh: bool  # a sum that is used twice has another error each time: it might be computed again, in another way
+
+    def start(self, x):
+        """A noisy copy of an argument or a constant, if it is an array of real numbers."""
+        if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+            return x
+        return self.add(x, self.unit * np.abs(x))
+
+    def add(self, x, spread, remember=False):
+        """x, each element moved by up to its spread, as an array that goes on being noisy."""
+        error = self.rng.uniform(-1, 1, np.shape(x)) * (spread + self.tiny)
+        moved = self.wrap(np.where(np.isfinite(error) & (x != 0), x + error, x))
+        if remember and self.afresh:
+            moved.exact = x, spread
+        return moved
+
+    def add_at(self, target, index, values):
+        """np.add.at: sums that gather in one place."""
+        n, squares = np.zeros_like(target), np.zeros_like(target)
+        for sums, terms in ((target, values), (n, 1), (squares, values * values)):
+            np.add.at(sums, index, terms)
+        target[...] = _plain(self.add(target, self.unit * _sum_of(n, target, squares)))
+
+    def wrap(self, x):
+        if isinstance(x, tuple):
+            return type(x)(map(self.wrap, x))
+        if not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind != "f":
+            return x
+        x = np.asarray(x).view(Noisy)
+        x.noise = self
+        return x
+
+    def use(self, x):
+        """What an operation sees of an operand."""
+        if isinstance(x, Noisy) and x.exact is not None:
+            x = self.add(*x.exact)
+        elif isinstance(x, np.ndarray) and not isinstance(x, Noisy) and x.ndim:
+            x = self.start(x)  # a constant is rounded too
+        return _plain(x)
+
+
+class Noisy(np.ndarray):
+    """An array whose arithmetic is noisy: a NumPy subclass, so that a mechanism runs on it unchanged."""
+
+    def __array_finalize__(self, source):
+        self.noise, self.exact = getattr(source, "noise", None), None
+
+    def __setitem__(self, index, value):
+        self.exact = None
+        super().__setitem__(index, value)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
+        noise = next(x.noise for x in (*inputs, *(out or ())) if isinstance(x, Noisy))
+        if method == "at" and ufunc is np.add:
+            return noise.add_at(*map(_plain, inputs))
+        exact = ufunc in EXACT or method == "at"
+        operands = [_plain(x) if exact else noise.use(x) for x in inputs]
+        target = {} if out is None else {"out": tuple(map(_plain, out))}
+        result = getattr(ufunc, method)(*operands, **target, **kwargs)
+        if out is not None and isinstance(out[0], Noisy):
+            out[0].exact = None
+        if exact or isinstance(result, tuple) or result.dtype.kind != "f":
+            return noise.wrap(result) if out is None else out[0]
+        spread = noise.unit * _growth(ufunc, method, operands, kwargs, result)
+        noisy = noise.add(result, spread, remember=ufunc is np.matmul or method == "reduce")
+        if out is None:
+            return noisy
+        target["out"][0][...] = _plain(noisy)
+        return out[0]
+
+    def __array_function__(self, function, types, args, kwargs):
+        if function not in PRODUCTS:
+            return self.noise.wrap(super().__array_function__(function, types, args, kwargs))
+        operands = [self.noise.use(x) for x in args]
+        v = function(*operands, **kwargs)
+        squares = function(*(x * x if isinstance(x, np.ndarray) else x for x in operands), **kwargs)
+        return self.noise.add(v, self.noise.unit * _sum_of(PRODUCTS[function](*operands), v, squares), remember=True)
+
+
+def _plain(x):
+    return x.view(np.ndarray) if isinstance(x, Noisy) else x
+
+
+def _growth(ufunc, method, inputs, kwargs, v):
+    """The size of the error of an operation, in units of roundoff."""
+    if ufunc is np.matmul:
+        a, b = inputs
+        return _sum_of(a.shape[-1], v, np.matmul(a * a, b * b, **{k: x for k, x in kwargs.items() if k == "axes"}))
+    if method in ("reduce", "accumulate", "reduceat"):
+        terms, rest = inputs[0], inputs[1:]
+        length = max(1, terms.size // max(1, np.size(v))) if method == "reduce" else max(terms.shape, default=1)
+        if ufunc is not np.add:
+            return length * np.abs(v)
+        return _sum_of(length, v, getattr(ufunc, method)(terms * terms, *rest, **kwargs))
+    if ufunc is erfc:
+        return 2 * np.maximum(np.abs(v), 1)  # others write 1 - erf, and lose digits where it is small
+    return np.abs(v) if ufunc in BASIC else 2 * np.abs(v)
+
+
+def _sum_of(n, v, squares):
+    """Of a sum v of n terms, in random order, each partial sum rounded; `squares` is the sum of the squared terms."""
+    return np.sqrt(n * (v * v / 3 + squares / 6) + squares)
+
+
+def _summed(subscripts, *operands):
+    """The number of terms in each sum of an einsum."""
+    terms, _, kept = subscripts.replace(" ", "").partition("->")
+    lengths = {}
+    for term, x in zip(terms.split(","), operands):
+        before, dots, after = term.partition("...")
+        lengths |= dict(zip(before, x.shape)) | (dict(zip(after[::-1], x.shape[::-1])) if dots else {})
+    return math.prod(n for letter, n in lengths.items() if letter not in kept)
+
+
+PRODUCTS = {  # of two operands, linear in each: how many terms are summed
+    np.einsum: _summed,
+    np.dot: lambda a, b: a.shape[-1],
+    np.inner: lambda a, b: a.shape[-1],
+    np.tensordot: lambda a, b, axes=2: math.prod(a.shape[i] for i in np.arange(a.ndim)[_axes_of_first(axes)]),
+}
+
+
+def _axes_of_first(axes):
+    return slice(-axes, None) if isinstance(axes, int) else axes[0]
