@@ -207,7 +207,8 @@ def backward(
 
 def _in_common(v, keep, rules):
     """Something to subtract from all values (B, H, 1, E): pbar changes by one number a row, and the logits do not."""
-    if keep is not None or rules.convention.fully_masked == "zero_probs" or not v.shape[2]:
+    rest = rules.convention.fully_masked == "zero_probs" or rules.convention.masked_values == "skip"
+    if keep is not None or rest or not v.shape[2]:  # pbar would change here and there
         return np.zeros_like(v[:, :, :0].sum(axis=2, keepdims=True))
     first = v[:, :, :1]
     return np.where(np.isfinite(first), first, 0)
