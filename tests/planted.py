@@ -1,26 +1,11 @@
-r"""Fused attention kernels as they are written, in NumPy, right or with one planted bug: what the judge is measured on.
+r"""Bugs planted in emulated attention kernels, each as it is made: what the power of the judge is measured on.
 
-    forward, backward = kernel(ARITHMETICS["bf16_flash"])                                 a right one
-    forward, backward = kernel(ARITHMETICS["bf16_flash"], fault="causal_ignored")         one of FAULTS
-    out, lse = forward(q, k, v, attn_bias, sinks, is_causal=True)
-    dq, dk, dv, dattn_bias, dsinks = backward(dout, q, k, v, attn_bias, sinks, out, lse, is_causal=True)
+    forward, backward = kernel(ARITHMETICS["bf16_flash"], fault="causal_ignored")
 
-Arrays are float32 and hold numbers of the arithmetic's formats (float64 under "float64"). Every variable has a name and
-goes through `_stored`, which rounds it as the Arithmetic says. A fault overrides some of the kernel's Hooks: the value of
-a variable, its format, which keys take part, the order of tiles. No code is shared with the reference.
-
-Forward, for the queries i of a tile, and key tiles j one after the other
-    logits   softcap tanh(scale query key^T / softcap) + bias, -inf where a key does not take part
-    top      the running maximum, with the sink to begin with;   shrink = exp(old top - top)
-    weights  exp(logits - top)
-    total    shrink total + sum weights
-    sum_out  shrink sum_out + probs value,   probs being the weights as cast for the product
-    out      sum_out / total,   lse = top + log total;   parts of the keys are merged by lse under "splitk"
-Backward, from lse
-    d        sum dout out, per query
-    weights  exp(logits - lse),   dweights = dout value^T
-    dlogits  weights (dweights - d),   dscores = dlogits (1 - tanh^2)
-    sum_dq, sum_dk, sum_dv   over the tiles
+A fault changes some Hooks of tests.emulated. Its kind is "structural" (another function is computed), "precision" (the
+right one, with larger errors than were promised) or "range" (wrong only for extreme numbers, NaN or infinity).
+`diagnosis` names what the judge's diagnosis should say, where it has a name for it. "The storage format" is that of the
+output, or bfloat16 in a kernel that stores float32.
 """
 
 import functools
@@ -30,455 +15,667 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.oracle.arithmetic import (
-    BFLOAT16,
-    FLOAT8_E4M3,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    FP8_ACCUMULATOR,
-    TFLOAT32,
-    Arithmetic,
-    round_to,
-)
+from refattn.oracle.arithmetic import BFLOAT16, FLOAT8_E4M3, FLOAT16, FLOAT32, FP8_ACCUMULATOR, TFLOAT32, round_to
+from tests import emulated
+from tests.emulated import INF, Hooks, dropped
 
-INF = math.inf
-CHUNK = 16  # products that a tensor core adds exactly before it rounds
-OPTIONS = {
-    "scale": None, "attn_mask": None, "is_causal": False, "q_offset": None, "window": None, "softcap": None,
-    "kv_seqlens": None, "dropout_keep": None, "dropout_p": 0.0,
-}  # fmt: skip
-
-
-class Hooks(NamedTuple):
-    """Where a fault may take hold. These are the right ones."""
-
-    arithmetic: Callable = lambda a: a
-    algorithm: str | None = None  # None: as asked for
-    only: str | None = None  # "forward" or "backward": the pass that is wrong; None: both
-    given: Callable = lambda given, size: given  # {name: argument or option}; size: keys in a tile
-    conditions: Callable = lambda conditions, call: conditions  # {name: True where a key takes part}
-    for_heads: Callable = lambda x, heads: x.repeat(heads // x.shape[1], axis=1)
-    from_heads: Callable = lambda x, heads: x.reshape(len(x), heads, -1, *x.shape[2:]).sum(axis=2)
-    shrink: Callable = lambda x, shape: _shrink(x, shape)  # the gradient of attn_bias over what was stretched
-    key_tiles: Callable = lambda tiles, size: tiles
-    query_tiles: Callable = lambda tiles, size: tiles
-    values: dict = {}  # {name of a variable: function of (value, At) that gives another}
-    formats: dict = {}  # {name: (Format, truncates), or a function of the Arithmetic that gives it}
-    accumulators: dict = {}  # {name of a product: function of the Arithmetic that gives a Format}
-    exp: Callable = np.exp
-    tanh: Callable = np.tanh
-    masked: float = -INF
-    cap_after: str = "scale"  # "bias", "mask"
-    saves_lse: bool = True  # False: backward has a right one of its own, whatever forward returned
-    sink_in_every_part: bool = False  # of the keys
-    bends_bias: bool = False  # the gradient of the bias goes through the soft cap
+KINDS = "structural", "precision", "range"
+FAULTS = {}
 
 
 class Fault(NamedTuple):
     name: str
-    kind: str  # "structural", "precision", "range"
+    kind: str
     words: str
-    diagnosis: Any  # a name in the table of diagnoses, several, or None
-    build: Callable  # Hooks -> Hooks
+    diagnosis: Any  # a name in the table of diagnoses, several of them, or None
+    build: Callable  # from the right Hooks to the wrong ones
 
 
-class Problem(NamedTuple):
-    """One call, its options filled in. Axes are (B, H, Q, K) or stretch to it."""
-
-    q: np.ndarray
-    k: np.ndarray  # as the heads of queries see it, and so v
-    v: np.ndarray
-    bias: np.ndarray | None
-    sinks: np.ndarray | None
-    seen: np.ndarray | None
-    keep: np.ndarray | None
-    factor: float  # of dropout
-    scale: float
-    softcap: float | None
-    i: np.ndarray
-    j: np.ndarray
-    positions: np.ndarray  # of the queries
-    left: float
-    right: float
-    lengths: np.ndarray | None  # of the keys
-
-
-class Run(NamedTuple):
-    phase: str
-    hooks: Hooks
-    arithmetic: Arithmetic
-    formats: dict
-    algorithm: str
-    size: int  # keys in a tile
-    problem: Problem
-
-
-class Running(NamedTuple):
-    """What forward keeps of a tile of queries."""
-
-    top: np.ndarray
-    total: np.ndarray
-    sum_out: np.ndarray
-    before: np.ndarray  # the top before the last tile
-
-
-class At(NamedTuple):
-    """Where a value stands."""
-
-    run: Run
-    i: np.ndarray
-    j: np.ndarray | None = None
-    n: int = 0  # of the key tiles, as they are visited
-    running: Running | None = None  # before this tile
-    shrink: np.ndarray | None = None
-    top: np.ndarray | None = None
-
-
-def kernel(arithmetic, algorithm="flash", fault=None, *, queries=64, keys=64, order="forward", splits=4):
-    """(forward, backward) of a kernel.
-
-    algorithm: "naive", the whole matrix; "flash", tiles and an online softmax; "splitk", the keys in parts, merged.
-    fault: a Fault, or the name of one. order of the key tiles: "forward", "reversed", "random".
-    """
+def kernel(arithmetic, algorithm="flash", fault=None, **sizes):
+    """(forward, backward) of tests.emulated, with a fault, or the name of one; or without."""
     fault = FAULTS[fault] if isinstance(fault, str) else fault
-
-    def start(phase, q, k, v, attn_bias, sinks, options):
-        hooks = Hooks() if fault is None else fault.build(Hooks())
-        hooks = hooks if hooks.only in (None, phase) else Hooks()
-        promise = hooks.arithmetic(arithmetic)
-        chosen = hooks.algorithm or algorithm
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise TypeError(f"{phase}: options are {sorted(unknown)}, expected some of {sorted(OPTIONS)}")
-        given = {"q": q, "k": k, "v": v, "attn_bias": attn_bias, "sinks": sinks} | OPTIONS | options
-        given = hooks.given(given, keys)
-        problem = _pose(given, hooks, np.float64 if arithmetic.inputs == FLOAT64 else np.float32)
-        rows, size = queries, keys
-        if chosen == "naive":
-            rows, size = max(1, len(problem.i)), max(1, len(problem.j))
-        elif phase == "backward" and promise.partial is not None:
-            rows, size = promise.partial_queries, promise.partial_keys
-        run = Run(phase, hooks, promise, _formats(promise, hooks), chosen, size, problem)
-        query_tiles = hooks.query_tiles(_tiles(problem.i, rows), rows)
-        key_tiles = _ordered(_tiles(problem.j, size), order)
-        return run, query_tiles, hooks.key_tiles(key_tiles, size)
-
-    def forward(q, k, v, attn_bias=None, sinks=None, **options):
-        run, query_tiles, key_tiles = start("forward", q, k, v, attn_bias, sinks, options)
-        return _forward(run, query_tiles, key_tiles, splits)
-
-    def backward(dout, q, k, v, attn_bias, sinks, out, lse, **options):
-        run, query_tiles, key_tiles = start("backward", q, k, v, attn_bias, sinks, options)
-        if not run.hooks.saves_lse:
-            lse = kernel(arithmetic, algorithm, queries=queries, keys=keys)[0](q, k, v, attn_bias, sinks, **options)[1]
-        shapes = [None if x is None else x.shape for x in (k, v, attn_bias)]
-        dq, dk, dv, dbias, dsinks = _backward(run, query_tiles, key_tiles, dout, out, lse, shapes)
-        return dq, dk, dv, dbias, dsinks
-
-    return forward, backward
+    return emulated.kernel(arithmetic, algorithm, None if fault is None else fault.build(Hooks()), **sizes)
 
 
-def _tiles(indices, size):
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
+# --- what a line of the table needs ------------------------------------------------------------------------------
 
 
-def _ordered(tiles, order):
-    if order == "random":
-        return [tiles[n] for n in np.random.default_rng(0).permutation(len(tiles))]
-    return tiles[::-1] if order == "reversed" else tiles
+def _changed(**options):
+    """Other arguments or options, each a function of all of them that were given."""
+    return lambda given, size: given | {name: change(given) for name, change in options.items()}
 
 
-# --- the call ---------------------------------------------------------------------------------------------------
+def _where(name, change):
+    """Another condition on which keys take part, where that one is in use; None: no condition."""
+
+    def conditions(conditions, call):
+        if name not in conditions:
+            return conditions
+        rest = {other: x for other, x in conditions.items() if other != name}
+        return rest if change is None else rest | {name: change(conditions[name], call)}
+
+    return conditions
 
 
-def _pose(given, hooks, dtype):
-    q, k, v, bias, sinks = (
-        None if given[name] is None else np.asarray(given[name], dtype)
-        for name in ("q", "k", "v", "attn_bias", "sinks")
-    )
-    (batch, heads, queries, features), keys = q.shape, k.shape[2]
-    i, j = np.arange(queries), np.arange(keys)
-    lengths = given["kv_seqlens"]
-    lengths = None if lengths is None else np.reshape(lengths, (-1, 1, 1, 1))
-    offset = given["q_offset"] or 0
-    if isinstance(offset, str):
-        ends = keys if lengths is None else lengths
-        offset = 0 if offset == "top_left" else ends - queries
-    left, right = (INF if x is None else x for x in given["window"] or (None, None))
-    keep, p = given["dropout_keep"], given["dropout_p"]
-    scale = 1 / math.sqrt(features) if given["scale"] is None else given["scale"]
-    problem = Problem(
-        *(q, hooks.for_heads(k, heads), hooks.for_heads(v, heads)),
-        None if bias is None else np.broadcast_to(bias, (batch, heads, queries, keys)),
-        None if sinks is None else sinks[:, None, None],
-        None,
-        None if keep is None else np.broadcast_to(keep, (batch, heads, queries, keys)),
-        *(dtype(1 / (1 - p)), dtype(scale), given["softcap"], i, j),
-        *(i[:, None] + np.reshape(offset, (-1, 1, 1, 1)), left, right, lengths),
-    )
-    conditions = {} if given["attn_mask"] is None else {"mask": given["attn_mask"]}
-    if given["is_causal"]:
-        conditions["causal"] = j <= problem.positions
-    if left < INF:
-        conditions["left"] = j >= problem.positions - left
-    if right < INF:
-        conditions["right"] = j <= problem.positions + right
-    if lengths is not None:
-        conditions["lengths"] = j < lengths
-    conditions = hooks.conditions(conditions, problem)
-    if not conditions:
-        return problem
-    seen = functools.reduce(np.logical_and, conditions.values())
-    return problem._replace(seen=np.broadcast_to(seen, (batch, heads, queries, keys)))
+def _in_phase(phase, change):
+    return lambda x, at: change(x, at) if at.run.phase == phase else x
 
 
-def _shrink(x, shape):
-    """x, summed to a shape that stretches to its own."""
-    x = x.sum(axis=tuple(range(x.ndim - len(shape))))
-    return x.sum(axis=tuple(n for n, length in enumerate(shape) if length == 1), keepdims=True)
+def _low(a):
+    """The format that a kernel might wrongly use inside: of its output, bfloat16 where that is float32."""
+    return a.out if a.out.precision < FLOAT32.precision else BFLOAT16
 
 
-# --- the arithmetic ---------------------------------------------------------------------------------------------
+def _rounded(*names):
+    return {"formats": dict.fromkeys(names, lambda a: (_low(a), False))}
 
 
-def _formats(a, hooks):
-    """{name of a variable: (Format, truncates)}; what is not there is not rounded."""
-    stored = ["scores", "scaled", "capped", "biased"]
-    forms = {
-        **dict.fromkeys(("below", "shrink", "total", "weights", "d"), a.softmax),
-        **dict.fromkeys(("sum_dq", "sum_dk", "sum_dv"), a.partial),
-        **dict.fromkeys(("dk_of_head", "dv_of_head"), a.shared_heads),
-        **dict.fromkeys(("dq", "dk", "dv", "dattn_bias", "dsinks"), a.grad),
-        **dict.fromkeys(stored if a.score_roundings > 1 else ["logits"], a.scores),
-        **{"scaled_query": a.scaled_query, "probs": a.probs, "dweights": a.dprobs, "dscores": a.dscores},
-        **{"out": a.out, "lse": a.lse, "saved_out": a.saved_out},
-    }
-    forms = {name: (form, False) for name, form in forms.items()}
-    return forms | {name: given(a) for name, given in hooks.formats.items()}
+def _truncated(name, own):
+    """Cast toward zero, not to nearest, to the format that the Arithmetic has there, or a low one."""
+    return {"formats": {name: lambda a: (_narrow(own(a), a), True)}}
 
 
-def _stored(name, x, at):
-    """A variable as the kernel keeps it."""
-    run = at.run
-    if name in run.hooks.values:
-        x = np.asarray(run.hooks.values[name](x, at), x.dtype)
-    form, truncates = run.formats.get(name, (None, False))
-    x = round_to(x, form, truncate=truncates)
-    if run.arithmetic.flush and form is not None:
-        x = np.where(np.abs(x) < form.tiny, x * 0, x)
-    return x
+def _narrow(form, a):
+    return _low(a) if form is None or form.precision >= FLOAT32.precision else form
 
 
-def _product(name, a, b, at, start=None):
-    """start + a @ b as the accumulator has it."""
-    arithmetic = at.run.arithmetic
-    a, b = (round_to(x, arithmetic.operands, truncate=arithmetic.operands_truncate) for x in (a, b))
-    form, truncates = arithmetic.accumulator, arithmetic.accumulator_truncates
-    if name in at.run.hooks.accumulators:
-        form = at.run.hooks.accumulators[name](arithmetic)
-    if not truncates and form.precision >= np.finfo(a.dtype).nmant + 1:
-        return a @ b if start is None else start + a @ b
-    total = np.zeros((*a.shape[:-1], b.shape[-1])) if start is None else start.astype(np.float64)
-    wide = a.astype(np.float64), b.astype(np.float64)
-    for n in range(0, a.shape[-1], CHUNK):
-        total = round_to(total + wide[0][..., n : n + CHUNK] @ wide[1][..., n : n + CHUNK, :], form, truncate=truncates)
-    return total.astype(a.dtype)
+def _accumulated(*names):
+    return {"accumulators": dict.fromkeys(names, _low)}
 
 
-def _sum(x, at):
-    """Over the last axis, as softmax does."""
-    form = at.run.arithmetic.softmax
-    if form.precision >= np.finfo(x.dtype).nmant + 1:
-        return x.sum(axis=-1, keepdims=True)
-    total = np.zeros((*x.shape[:-1], 1), x.dtype)
-    for n in range(0, x.shape[-1], CHUNK):
-        total = round_to(total + x[..., n : n + CHUNK].sum(axis=-1, keepdims=True), form)
-    return total
+def _empty(at):
+    """Queries of the tile that attend to nothing."""
+    seen = at.run.problem.seen
+    return np.zeros((1, 1, 1, 1), bool) if seen is None else ~seen[..., at.i, :].any(axis=-1, keepdims=True)
 
 
-# --- forward ----------------------------------------------------------------------------------------------------
+def _first(x, axis):
+    """The first index of an axis, as long as the axis was."""
+    if x is None or x.ndim < -axis:
+        return x
+    return np.broadcast_to(np.take(x, [0], axis=axis), x.shape)
 
 
-@np.errstate(all="ignore")
-def _forward(run, query_tiles, key_tiles, splits):
-    q, v = run.problem.q, run.problem.v
-    out = np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-    lse = np.zeros(q.shape[:3], q.dtype)
-    groups = [key_tiles]
-    if run.algorithm == "splitk":
-        groups = [key_tiles[n::splits] for n in range(splits)]
-    for i in query_tiles:
-        at = At(run, i)
-        parts = [_finished(_attend(run, i, tiles, n), at._replace(n=n)) for n, tiles in enumerate(groups)]
-        part_out, part_lse = parts[0] if len(parts) == 1 else _merged(parts, at)
-        out[..., i, :] = _stored("out", part_out, at)
-        lse[..., i] = _stored("lse", part_lse, at)[..., 0]
-    return out, lse
+def _next(j, call):
+    return np.minimum(j + 1, call.j[-1])
 
 
-def _attend(run, i, tiles, group):
-    """The softmax and its product with the values, a tile of keys after the other."""
-    c = run.problem
-    at = At(run, i)
-    rows = (*c.q.shape[:2], len(i), 1)
-    top, total = np.full(rows, -INF, c.q.dtype), np.zeros(rows, c.q.dtype)
-    if c.sinks is not None:  # the sink is a key without a value, in the first part
-        sink = _stored("sink", c.sinks, at)
-        if group == 0 or run.hooks.sink_in_every_part:
-            top, total = np.broadcast_to(sink, rows), np.where(np.isneginf(sink), 0, total + 1)
-    top = _stored("first_top", top, at)
-    running = Running(top, _stored("first_total", total, at), np.zeros((*rows[:3], c.v.shape[3]), c.q.dtype), top)
-    for n, j in enumerate(tiles):
-        at = At(run, i, j, n, running)
-        logits, _, _ = _logits(at)
-        top = _stored("top", np.maximum(running.top, logits.max(axis=-1, keepdims=True)), at)
-        shift = _stored("shift", np.where(np.isneginf(top), 0, top), at)
-        weights = _stored("weights", run.hooks.exp(_stored("below", logits - shift, at)), at)
-        shrink = _stored("shrink", run.hooks.exp(running.top - shift), at)
-        at = at._replace(shrink=shrink, top=top)
-        total = _stored("old_total", shrink * running.total, at) + _stored("new_total", _sum(weights, at), at)
-        total = _stored("total", total, at)
-        if _divides_first(run):
-            weights = weights / np.where(total == 0, 1, total)
-        probs = _stored("probs", _dropped(weights, "keep", at), at)
-        value = _stored("value", c.v[..., j, :], at)
-        start = _stored("old_out", shrink * running.sum_out, at)
-        sum_out = _stored("sum_out", _product("out", probs, value, at, start), at)
-        running = Running(top, total, sum_out, running.top)
-    return running
+def _one_entry(causal, call):
+    """One query sees one key of its future."""
+    row = len(call.i) // 2
+    causal = np.broadcast_to(causal, np.broadcast_shapes(causal.shape, (len(call.i), len(call.j)))).copy()
+    causal[..., row, :] |= call.j == call.positions[..., row, :] + 1
+    return causal
 
 
-def _finished(running, at):
-    """(out, lse) of one part of the keys."""
-    top, total, sum_out, _ = running
-    at = at._replace(running=running)
-    total = _stored("last_total", total, at)
-    divisor = np.where(total == 0, 1, total)
-    out = sum_out if _divides_first(at.run) else sum_out * _stored("reciprocal", 1 / divisor, at)
-    out = out if at.run.problem.keep is None else out * _stored("keep_factor", at.run.problem.factor, at)
-    lse = np.where(total == 0, -INF, _stored("lse_top", top, at) + np.log(divisor))
-    return _stored("part_out", out, at), _stored("part_lse", lse.astype(out.dtype), at)
+def _only_first_shared(x, heads):
+    """The gradient of the first shared head, where all queries used it."""
+    whole = np.zeros((len(x), heads, *x.shape[2:]), x.dtype)
+    whole[:, 0] = x.sum(axis=1)
+    return whole
 
 
-def _merged(parts, at):
-    """Parts of the keys, weighted by e^lse."""
-    top = functools.reduce(np.maximum, [lse for _, lse in parts])
-    shift = _stored("merge_shift", np.where(np.isneginf(top), 0, top), at)
-    shares = [_stored("share", at.run.hooks.exp(lse - shift), at) for _, lse in parts]
-    total = functools.reduce(np.add, shares)
-    divisor = np.where(total == 0, 1, total)
-    out = functools.reduce(np.add, [share * out for share, (out, _) in zip(shares, parts)]) / divisor
-    return out, np.where(total == 0, -INF, shift + np.log(divisor)).astype(out.dtype)
+def _of_group(x, heads, member):
+    return x.reshape(len(x), heads, -1, *x.shape[2:])[:, :, member]
 
 
-def _divides_first(run):
-    return run.algorithm == "naive" and run.arithmetic.probs_normalised
+def _tiled_back(x, heads):
+    return x.reshape(len(x), -1, heads, *x.shape[2:]).sum(axis=1)
 
 
-def _dropped(x, name, at):
-    """What dropout leaves of x."""
-    keep = at.run.problem.keep
-    return x if keep is None else x * _stored(name, keep[..., at.i[:, None], at.j].astype(x.dtype), at)
+def _last_of_stretched(x, shape):
+    """What the last of the queries, heads or items wrote, not the sum over them."""
+    x = x[(-1,) * (x.ndim - len(shape))]
+    return x[tuple(slice(-1, None) if n == 1 else slice(None) for n in shape)]
 
 
-def _logits(at):
-    """The logits of a tile; the tanh in them, or None; and the query, as it was multiplied."""
-    run, c, i, j = at.run, at.run.problem, at.i, at.j
-    scale = _stored("scale", c.scale, at)
-    query, key = c.q[..., i, :], _stored("key", c.k[..., j, :], at)
-    before = run.arithmetic.scaled_query is not None
-    if before:
-        query = _stored("scaled_query", query * scale, at)
-    x = _stored("scores", _product("scores", query, key.swapaxes(-1, -2), at), at)
-    if not before:
-        x = _stored("scaled", x * scale, at)
-    bent = None
-    for step in ("scale", "bias", "mask"):
-        if step == "bias" and c.bias is not None:
-            x = _stored("biased", x + _stored("bias", c.bias[..., i[:, None], j], at), at)
-        if step == "mask" and c.seen is not None:
-            x = np.where(c.seen[..., i[:, None], j], x, np.asarray(run.hooks.masked, x.dtype))
-        if step == run.hooks.cap_after and c.softcap is not None:
-            bent = run.hooks.tanh(x / x.dtype.type(c.softcap))
-            x = _stored("capped", x.dtype.type(c.softcap) * bent, at)
-    return _stored("logits", x, at), bent, query
+def _padding(at):
+    """How many keys are missing in the tile; none where something else hides what is beyond the last key."""
+    return at.run.size - len(at.j) if at.run.problem.seen is None else 0
 
 
-# --- backward ---------------------------------------------------------------------------------------------------
+def _other_tile(x, name, at):
+    """The key or value of the tile before the second, which was not loaded."""
+    j = at.j - at.run.size
+    return getattr(at.run.problem, name)[..., j, :] if at.n == 1 and j[0] >= 0 else x
 
 
-@np.errstate(all="ignore")
-def _backward(run, query_tiles, key_tiles, dout, out, lse, shapes):
-    c, a = run.problem, run.arithmetic
-    dtype = c.q.dtype
-    dout, out, lse = (np.asarray(x, dtype) for x in (dout, out, lse))
-    dq, dk, dv = np.zeros_like(c.q), np.zeros_like(c.k), np.zeros_like(c.v)
-    dbias = np.zeros((*c.q.shape[:3], c.k.shape[2]), dtype) if c.bias is not None else None
-    dsinks = np.zeros(c.q.shape[1], dtype)
-    for i in query_tiles:
-        at = At(run, i)
-        saved = _stored("saved_lse", lse[..., i, None], at)
-        dy = dout[..., i, :]
-        d = _stored("d", (dy * _stored("saved_out", out[..., i, :], at)).sum(axis=-1, keepdims=True), at)
-        for n, j in enumerate(key_tiles):
-            at = At(run, i, j, n)
-            logits, bent, query = _logits(at)
-            if run.algorithm == "naive":
-                weights = _stored("weights", _softmax(logits, at), at)
-            else:
-                weights = _stored("weights", run.hooks.exp(logits - np.where(np.isneginf(saved), INF, saved)), at)
-            probs = _stored("probs", weights, at)
-            in_dv = _dropped(_stored("probs_in_dv", probs, at), "keep_in_dv", at)
-            sum_dv = _product("dv", in_dv.swapaxes(-1, -2), dy, at, dv[..., j, :])
-            dv[..., j, :] = _stored("sum_dv", sum_dv, at)
-            value = _stored("value", c.v[..., j, :], at)
-            dweights = _product("dweights", dy, value.swapaxes(-1, -2), at)
-            if c.keep is not None:
-                factor = _stored("keep_factor_in_dweights", c.factor, at)
-                dweights = _dropped(dweights * factor, "keep_in_dweights", at)
-            dweights = _stored("dweights", dweights, at)
-            factor = probs if a.probs_in_dscores else _stored("weights_in_dlogits", weights, at)
-            if run.algorithm == "naive":
-                d = _stored("d", (factor * dweights).sum(axis=-1, keepdims=True), at)
-            dlogits = factor * (dweights - d)
-            if c.seen is not None:
-                dlogits = np.where(c.seen[..., i[:, None], j], dlogits, 0)
-            dlogits = _stored("dlogits", dlogits, at)
-            dbent = dlogits if bent is None else dlogits * _stored("slope", 1 - bent * bent, at)
-            dscores = _stored("dscores", dbent, at)
-            if dbias is not None:
-                dbias[..., i[:, None], j] += dbent if run.hooks.bends_bias else dlogits
-            key = _stored("key", c.k[..., j, :], at)
-            dq[..., i, :] = _stored("sum_dq", _product("dq", dscores, key, at, dq[..., i, :]), at)
-            sum_dk = _product("dk", dscores.swapaxes(-1, -2), query, at, dk[..., j, :])
-            dk[..., j, :] = _stored("sum_dk", sum_dk, at)
-        if c.sinks is not None:
-            share = np.exp(_stored("sink", c.sinks, at) - np.where(np.isneginf(saved), INF, saved))
-            dsinks -= _stored("terms_of_dsinks", share * d, at).sum(axis=(0, 2, 3))
-    at = At(run, c.i)
-    scale = _stored("scale", c.scale, at)
-    dq = dq * _stored("scale_of_dq", scale, at)
-    if a.scaled_query is None:  # else the query in the product has it
-        dk = dk * _stored("scale_of_dk", scale, at)
-    dv = dv if c.keep is None else dv * _stored("keep_factor_in_dv", c.factor, at)
-    of_head = _stored("dk_of_head", dk, at), _stored("dv_of_head", dv, at)
-    dk, dv = (x if shape[1] == x.shape[1] else run.hooks.from_heads(x, shape[1]) for x, shape in zip(of_head, shapes))
-    return (
-        *(_stored(name, x, at) for name, x in {"dq": dq, "dk": dk, "dv": dv}.items()),
-        None if dbias is None else _stored("dattn_bias", run.hooks.shrink(dbias, shapes[2]), at),
-        None if c.sinks is None else _stored("dsinks", dsinks, at),
-    )
+def _half_rescaled(x, at):
+    half = np.arange(x.shape[-1]) < x.shape[-1] // 2
+    return np.where(half, at.running.sum_out, x)
 
 
-def _softmax(logits, at):
-    """Of whole rows."""
-    c = at.run.problem
-    top = logits.max(axis=-1, keepdims=True)
-    sink = None if c.sinks is None else _stored("sink", c.sinks, at)
-    top = top if sink is None else np.maximum(top, sink)
-    shift = np.where(np.isneginf(top), 0, top)
-    e = at.run.hooks.exp(_stored("below", logits - shift, at))
-    total = _stored("total", _sum(e, at) + (0 if sink is None else np.exp(sink - shift)), at)
-    return e / np.where(total == 0, 1, total)
-FAULTS = {}
+def _ripple(x):
+    """exp, off by up to 2^-12."""
+    return np.exp(x) * (1 + 2.0**-12 * np.sin(500 * np.where(np.isfinite(x), x, 0))).astype(x.dtype)
+
+
+def _fault(kind, name, words, diagnosis=None, /, **hooks):
+    FAULTS[name] = Fault(name, kind, words, diagnosis, lambda right: right._replace(**hooks))
+
+
+_structural, _precision, _range = (functools.partial(_fault, kind) for kind in KINDS)
+
+# --- structural: which keys take part ----------------------------------------------------------------------------
+
+_structural(
+    *("causal_top_left", "the diagonal starts at the top left", "causal_top_left"),
+    given=_changed(q_offset=lambda g: 0 if g["q_offset"] == "bottom_right" else g["q_offset"]),
+)
+_structural(
+    *("causal_bottom_right", "the diagonal ends at the bottom right", "causal_bottom_right"),
+    given=_changed(q_offset=lambda g: "bottom_right" if g["q_offset"] in (None, "top_left") else g["q_offset"]),
+)
+_structural("causal_ignored", "is_causal does nothing", "causal_ignored", conditions=_where("causal", None))
+_structural(
+    *("causal_sees_one_ahead", "a query sees the key after its own", "causal_sees_one_ahead"),
+    conditions=_where("causal", lambda x, c: c.j <= c.positions + 1),
+)
+_structural(
+    *("causal_hides_itself", "a query does not see its own key", "causal_hides_itself"),
+    conditions=_where("causal", lambda x, c: c.j < c.positions),
+)
+_structural(
+    *("causal_by_eights", "the diagonal is masked in groups of 8 keys: half a tile of 16 leaks"),
+    conditions=_where("causal", lambda x, c: c.j // 8 * 8 <= c.positions),
+)
+_structural(
+    *("causal_leaks_one_entry", "one query sees one key of its future"), conditions=_where("causal", _one_entry)
+)
+_structural(
+    *("causal_not_in_last_rows", "the last partial tile of 16 queries is not masked"),
+    conditions=_where("causal", lambda x, c: x | (c.i >= len(c.i) // 16 * 16)[:, None]),
+)
+_structural(
+    *("causal_skips_too_early", "tiles of 16 keys are skipped by where they start, not by where they end"),
+    conditions=_where(
+        "causal", lambda x, c: x & (c.j // 16 * 16 <= c.i[:, None] // 16 * 16 + c.positions - c.i[:, None])
+    ),
+)
+_structural(
+    *("causal_from_padded_keys", "bottom_right counts the padding of the keys"),
+    given=_changed(
+        q_offset=lambda g: g["k"].shape[2] - g["q"].shape[2] if g["q_offset"] == "bottom_right" else g["q_offset"]
+    ),
+)
+_structural("causal_not_in_backward", "backward is not masked", only="backward", conditions=_where("causal", None))
+_structural(
+    *("window_left_one_more", "the window is one longer to the left", "window_left_one_more"),
+    conditions=_where("left", lambda x, c: c.j >= c.positions - c.left - 1),
+)
+_structural(
+    *("window_left_one_less", "the window is one shorter to the left", "window_left_one_less"),
+    conditions=_where("left", lambda x, c: c.j > c.positions - c.left),
+)
+_structural(
+    *("window_right_one_more", "the window is one longer to the right", "window_right_one_more"),
+    conditions=_where("right", lambda x, c: c.j <= c.positions + c.right + 1),
+)
+_structural(
+    *("window_right_one_less", "the window is one shorter to the right", "window_right_one_less"),
+    conditions=_where("right", lambda x, c: c.j < c.positions + c.right),
+)
+_structural("window_ignored", "window does nothing", "window_ignored", given=_changed(window=lambda g: None))
+_structural("window_left_ignored", "the left end of the window does nothing", conditions=_where("left", None))
+_structural("window_right_ignored", "the right end of the window does nothing", conditions=_where("right", None))
+_structural(
+    *("window_swapped", "left and right of the window are swapped"),
+    given=_changed(window=lambda g: g["window"] and g["window"][::-1]),
+)
+_structural(
+    *("window_without_offset", "the left end of the window is counted from the index, not the position"),
+    conditions=_where("left", lambda x, c: c.j >= c.i[:, None] - c.left),
+)
+_structural(
+    *("q_offset_ignored", "a q_offset that is a number does nothing", "q_offset_ignored"),
+    given=_changed(q_offset=lambda g: g["q_offset"] if isinstance(g["q_offset"], str) else None),
+)
+_structural(
+    *("mask_inverted", "attn_mask says where a key does not take part", "mask_inverted"),
+    conditions=_where("mask", lambda x, c: ~x),
+)
+_structural("mask_ignored", "attn_mask does nothing", "mask_ignored", conditions=_where("mask", None))
+_structural(
+    *("mask_of_first_item", "all items have the mask of the first", "mask_of_first_item"),
+    given=_changed(attn_mask=lambda g: _first(g["attn_mask"], -4)),
+)
+_structural(
+    *("mask_of_first_head", "all heads have the mask of the first", "mask_of_first_head"),
+    given=_changed(attn_mask=lambda g: _first(g["attn_mask"], -3)),
+)
+_structural(
+    *("mask_of_first_query", "all queries have the mask of the first"),
+    given=_changed(attn_mask=lambda g: _first(g["attn_mask"], -2)),
+)
+_structural("mask_not_in_backward", "backward is not masked", only="backward", conditions=_where("mask", None))
+_structural(
+    *("mask_gives_way_to_causal", "attn_mask does nothing if is_causal"),
+    given=_changed(attn_mask=lambda g: None if g["is_causal"] else g["attn_mask"]),
+)
+_structural(
+    *("mask_not_for_one_query", "attn_mask does nothing where there is one query: a path for decoding"),
+    given=_changed(attn_mask=lambda g: None if g["q"].shape[2] == 1 else g["attn_mask"]),
+)
+_structural(
+    *("kv_seqlens_ignored", "kv_seqlens does nothing", "kv_seqlens_ignored"),
+    given=_changed(kv_seqlens=lambda g: None),
+)
+_structural(
+    *("kv_seqlens_of_first_item", "all items are as long as the first"),
+    given=_changed(kv_seqlens=lambda g: _first(g["kv_seqlens"], -1)),
+)
+_structural(
+    *("kv_seqlens_one_more", "one key of the padding takes part"),
+    conditions=_where("lengths", lambda x, c: c.j <= c.lengths),
+)
+_structural(
+    *("padding_as_zero_scores", "a partial tile is filled with keys of zeros, which take part"),
+    "padding_as_zero_scores",
+    values={
+        "top": _in_phase("forward", lambda x, at: np.maximum(x, 0) if _padding(at) else x),
+        "new_total": lambda x, at: x + _padding(at) * np.exp(-at.top),
+    },
+)
+
+# --- structural: the logits --------------------------------------------------------------------------------------
+
+_structural("scale_missing", "scores are not scaled", "scale_missing", given=_changed(scale=lambda g: 1.0))
+_structural(
+    *("scale_squared", "scores are scaled twice", "scale_squared"),
+    given=_changed(scale=lambda g: 1 / g["q"].shape[3] if g["scale"] is None else g["scale"] ** 2),
+)
+_structural(
+    *("scale_from_value_width", "the default scale is 1 / sqrt(E)", "scale_from_value_width"),
+    given=_changed(scale=lambda g: g["v"].shape[3] ** -0.5 if g["scale"] is None else g["scale"]),
+)
+_structural(
+    *("scale_from_key_count", "the default scale is 1 / sqrt(K)", "scale_from_key_count"),
+    given=_changed(scale=lambda g: g["k"].shape[2] ** -0.5 if g["scale"] is None else g["scale"]),
+)
+_structural("scale_option_ignored", "the scale is 1 / sqrt(D) always", given=_changed(scale=lambda g: None))
+_structural("softcap_ignored", "softcap does nothing", "softcap_ignored", given=_changed(softcap=lambda g: None))
+_structural(*("softcap_after_bias", "the bias is capped too", "softcap_after_bias"), cap_after="bias", bends_bias=True)
+_structural("softcap_after_mask", "what is masked is capped", "softcap_after_mask", cap_after="mask", bends_bias=True)
+_structural(
+    *("softcap_not_rescaled", "tanh is not multiplied by softcap", "softcap_not_rescaled"),
+    values={
+        "capped": lambda x, at: x / at.run.problem.softcap,
+        "slope": lambda x, at: x / at.run.problem.softcap,
+    },
+)
+_structural(
+    *("softcap_derivative_missing", "backward has no 1 - tanh^2", "softcap_derivative_missing"),
+    values={"slope": lambda x, at: np.ones_like(x)},
+)
+_structural(
+    *("softcap_derivative_of_capped", "the slope of the soft cap is that at the capped score"),
+    values={"slope": lambda x, at: 1 - np.tanh(np.sqrt(1 - x)) ** 2},
+)
+_structural("softcap_slope_in_bias", "the gradient of the bias goes through the soft cap", bends_bias=True)
+_structural(
+    *("bias_ignored", "attn_bias does nothing", "bias_ignored"),
+    values={"bias": lambda x, at: 0 * x, "dattn_bias": lambda x, at: 0 * x},
+)
+_structural(
+    *("bias_scaled", "the bias is added before the scale", "bias_scaled"),
+    values={
+        "bias": lambda x, at: x * at.run.problem.scale,
+        "dattn_bias": lambda x, at: x * at.run.problem.scale,
+    },
+)
+_structural(
+    *("bias_of_first_head", "all heads have the bias of the first"),
+    given=_changed(attn_bias=lambda g: _first(g["attn_bias"], -3)),
+)
+_structural("bias_not_in_backward", "backward forgets the bias", only="backward", values={"bias": lambda x, at: 0 * x})
+_structural(
+    *("bias_gradient_not_reduced", "the gradient of a stretched bias is that of its last place, not the sum"),
+    *("bias_gradient_not_reduced",),
+    shrink=_last_of_stretched,
+)
+_structural(
+    *("bias_gradient_scaled", "the gradient of the bias has the scale of the scores"),
+    values={"dattn_bias": lambda x, at: x * at.run.problem.scale},
+)
+_structural(
+    *("last_feature_dropped", "the product of q and k ends one feature early"),
+    values={"key": lambda x, at: x * (np.arange(x.shape[-1]) < x.shape[-1] - 1)},
+)
+_structural(
+    *("keys_of_other_head", "the keys of heads 0 and 1 are swapped in backward"),
+    only="backward",
+    values={"key": lambda x, at: np.concatenate([x[:, 1::-1], x[:, 2:]], axis=1)},
+)
+
+# --- structural: heads, items, sinks, dropout --------------------------------------------------------------------
+
+_structural(
+    *("heads_tiled", "query head h uses head h % G", "heads_tiled"),
+    for_heads=lambda x, heads: np.tile(x, (1, heads // x.shape[1], 1, 1)),
+    from_heads=_tiled_back,
+)
+_structural(
+    *("heads_first_only", "all query heads use the first shared head", "heads_first_only"),
+    for_heads=lambda x, heads: x if x.shape[1] == heads else x[:, :1].repeat(heads, axis=1),
+    from_heads=_only_first_shared,
+)
+_structural(
+    *("shared_heads_not_summed", "dk and dv are of one query head of each group", "shared_heads_not_summed"),
+    from_heads=lambda x, heads: _of_group(x, heads, 0),
+)
+_structural(
+    *("shared_heads_of_last", "dk and dv are what the last query head of a group wrote"),
+    from_heads=lambda x, heads: _of_group(x, heads, -1),
+)
+_structural(
+    *("shared_heads_averaged", "dk and dv are the mean over a group of query heads"),
+    from_heads=lambda x, heads: x.reshape(len(x), heads, -1, *x.shape[2:]).mean(axis=2),
+)
+_structural(
+    *("keys_of_first_item", "all items have the keys of the first"), given=_changed(k=lambda g: _first(g["k"], -4))
+)
+_structural(
+    *("value_as_wide_as_key", "output features beyond D stay zero"),
+    values={"part_out": lambda x, at: x * (np.arange(x.shape[-1]) < at.run.problem.q.shape[-1])},
+)
+_structural(*("sink_ignored", "sinks do nothing", "sink_ignored"), values={"sink": lambda x, at: np.full_like(x, -INF)})
+_structural("sink_is_zero", "every sink is 0", "sink_is_zero", values={"sink": lambda x, at: 0 * x})
+_structural(
+    "sink_of_first_head", "all heads have the sink of the first", given=_changed(sinks=lambda g: _first(g["sinks"], -1))
+)
+_structural(
+    "sink_in_every_part", "the sink counts once for each part of the keys", algorithm="splitk", sink_in_every_part=True
+)
+_structural("sink_gradient_negated", "dsinks has the other sign", values={"dsinks": lambda x, at: -x})
+_structural(
+    *("sink_gradient_of_first_item", "dsinks is that of the first item"),
+    values={"terms_of_dsinks": lambda x, at: x * (np.arange(len(x)) == 0)[:, None, None, None]},
+)
+_structural(
+    *("dropout_ignored", "dropout does nothing", "dropout_ignored"),
+    given=_changed(dropout_keep=lambda g: None, dropout_p=lambda g: 0.0),
+)
+_structural(
+    *("dropout_scale_missing", "no factor 1 / (1 - dropout_p)", "dropout_scale_missing"),
+    given=_changed(dropout_p=lambda g: 0.0),
+)
+_structural(
+    *("dropout_scale_missing_in_backward", "backward has no factor 1 / (1 - dropout_p)"),
+    *("dropout_scale_missing_in_backward",),
+    only="backward",
+    given=_changed(dropout_p=lambda g: 0.0),
+)
+_structural(
+    *("dropout_missing_in_dv", "dv is of the weights without dropout", "dropout_missing_in_dv"),
+    values={"keep_in_dv": lambda x, at: np.ones_like(x), "keep_factor_in_dv": lambda x, at: 1.0},
+)
+_structural(
+    *("dropout_missing_in_dweights", "the gradient of the weights is not dropped"),
+    values={"keep_in_dweights": lambda x, at: np.ones_like(x), "keep_factor_in_dweights": lambda x, at: 1.0},
+)
+_structural(
+    *("dropout_before_the_sum", "what is dropped is not in the sum of the softmax either"),
+    only="forward",
+    values={"weights": lambda x, at: dropped(x, "keep", at)},
+)
+_structural(
+    *("dropout_inverted", "dropout_keep says what is dropped"),
+    given=_changed(dropout_keep=lambda g: None if g["dropout_keep"] is None else ~g["dropout_keep"]),
+)
+_structural(
+    *("dropout_of_first_item", "all items have the dropout of the first"),
+    given=_changed(dropout_keep=lambda g: _first(g["dropout_keep"], -4)),
+)
+
+# --- structural: the online softmax, lse and tiles ---------------------------------------------------------------
+
+_structural(
+    *("accumulator_not_rescaled", "the output is not rescaled when the maximum moves", "accumulator_not_rescaled"),
+    values={"old_out": lambda x, at: at.running.sum_out},
+)
+_structural(
+    *("total_not_rescaled", "the sum of the softmax is not rescaled when the maximum moves"),
+    values={"old_total": lambda x, at: at.running.total},
+)
+_structural(
+    *("one_row_not_rescaled", "one query of a tile is not rescaled when the maximum moves"),
+    values={"old_total": lambda x, at: np.where((np.arange(x.shape[2]) == 3)[:, None], at.running.total, x)},
+)
+_structural(
+    *("half_not_rescaled", "half of the output's features are not rescaled"), values={"old_out": _half_rescaled}
+)
+_structural(
+    *("rescaled_after_adding", "the output is rescaled after the tile was added"),
+    values={"old_out": lambda x, at: at.running.sum_out, "sum_out": lambda x, at: x * at.shrink},
+)
+_structural(
+    *("lse_base_2", "lse is a logarithm to base 2", "lse_base_2"),
+    values={"lse": lambda x, at: x / math.log(2)},
+    saves_lse=False,
+)
+_structural(
+    *("lse_without_max", "lse is the logarithm of the sum alone", "lse_without_max"),
+    values={"lse_top": lambda x, at: 0 * x},
+    saves_lse=False,
+)
+_structural(
+    *("lse_without_sink", "lse leaves the sink out", "lse_without_sink"),
+    values={
+        "lse": lambda x, at: x + np.log1p(-np.exp(at.run.problem.sinks - x)) if at.run.problem.sinks is not None else x
+    },
+    saves_lse=False,
+)
+_structural(
+    *("lse_of_previous_max", "lse has the maximum before the last tile"),
+    values={"lse_top": lambda x, at: at.running.before},
+    saves_lse=False,
+)
+_structural(
+    *("lse_of_empty_row_zero", "lse is 0 where a query attends to nothing"),
+    values={"lse": lambda x, at: np.where(np.isneginf(x), 0, x)},
+    saves_lse=False,
+)
+_structural(
+    *("empty_row_nan", "a query that attends to nothing gives NaN", "empty_row_nan"),
+    values={
+        "out": lambda x, at: np.where(_empty(at), np.nan, x),
+        "weights": _in_phase("backward", lambda x, at: np.where(_empty(at), np.nan, x)),
+    },
+)
+_structural(
+    *("empty_row_mean", "a query that attends to nothing gives the mean of the values"),
+    ("empty_row_mean", "mask_value_finite"),
+    masked=-1e30,
+    values={"weights": _in_phase("backward", lambda x, at: np.where(_empty(at), 1 / len(at.run.problem.j), x))},
+)
+_structural(
+    *("last_tile_dropped", "a last partial tile of keys is left out", "last_tile_dropped"),
+    key_tiles=lambda tiles, size: [j for j in tiles if len(j) == size],
+)
+_structural(
+    *("last_query_tile_dropped", "backward leaves a last partial tile of queries out"),
+    only="backward",
+    query_tiles=lambda tiles, size: [i for i in tiles if len(i) == size],
+)
+_structural("first_tile_twice", "the first tile of keys counts twice", key_tiles=lambda tiles, size: tiles[:1] + tiles)
+_structural(
+    *("last_key_dropped", "the last key is left out", "last_key_dropped"),
+    key_tiles=lambda tiles, size: [j[j < sum(map(len, tiles)) - 1] for j in tiles],
+)
+_structural(
+    *("key_shifted", "scores are those of the key after", "key_shifted"),
+    values={"key": lambda x, at: at.run.problem.k[..., _next(at.j, at.run.problem), :]},
+)
+_structural(
+    *("value_shifted", "values are those of the key after", "value_shifted"),
+    values={"value": lambda x, at: at.run.problem.v[..., _next(at.j, at.run.problem), :]},
+)
+_structural(
+    *("stale_value_tile", "the second tile of values is still the first"),
+    only="forward",
+    values={"value": lambda x, at: _other_tile(x, "v", at)},
+)
+_structural(
+    *("stale_key_tile_in_backward", "the second tile of keys is still the first, in backward"),
+    only="backward",
+    values={"key": lambda x, at: _other_tile(x, "k", at)},
+)
+_structural(
+    *("part_dropped", "the second part of split keys is not merged"),
+    algorithm="splitk",
+    values={"part_lse": lambda x, at: np.full_like(x, -INF) if at.n == 1 else x},
+)
+_structural(
+    *("parts_averaged", "parts of split keys are averaged, whatever their sums"),
+    algorithm="splitk",
+    values={"share": lambda x, at: (x > 0).astype(x.dtype)},
+)
+
+# --- structural: backward ----------------------------------------------------------------------------------------
+
+_structural(*("d_missing", "backward does not subtract D", "d_missing"), values={"d": lambda x, at: 0 * x})
+_structural(*("d_of_next_row", "D is that of the query after"), values={"d": lambda x, at: np.roll(x, -1, axis=2)})
+_structural("d_of_first_head", "D is that of the first head", values={"d": lambda x, at: _first(x, -3)})
+_structural("d_added", "D is added, not subtracted", values={"d": lambda x, at: -x})
+_structural(*("dk_scale_missing", "dk has no scale", "dk_scale_missing"), values={"scale_of_dk": lambda x, at: 1.0})
+_structural(*("dq_scale_missing", "dq has no scale", "dq_scale_missing"), values={"scale_of_dq": lambda x, at: 1.0})
+_structural(
+    *("dk_scale_twice", "dk is scaled twice", "dk_scale_twice"),
+    values={"dk": lambda x, at: x * at.run.problem.scale},
+)
+_structural(
+    *("dq_scale_twice", "dq is scaled twice", "dq_scale_twice"),
+    values={"dq": lambda x, at: x * at.run.problem.scale},
+)
+_structural(
+    *("dv_of_unnormalised", "dv is of weights relative to the largest of a tile, not to the sum"),
+    values={"probs_in_dv": lambda x, at: x / np.maximum(x.max(axis=-1, keepdims=True), FLOAT32.tiny)},
+)
+_structural(
+    *("dk_dv_miss_first_queries", "dk and dv miss the first tile of queries"),
+    values=dict.fromkeys(("sum_dk", "sum_dv"), lambda x, at: 0 * x if at.i[0] == 0 else x),
+)
+_structural(
+    *("dq_misses_first_keys", "dq misses the first tile of keys"),
+    values={"sum_dq": lambda x, at: 0 * x if at.n == 0 else x},
+)
+
+# --- precision ---------------------------------------------------------------------------------------------------
+
+_precision(
+    *("scale_off_by_1e-3", "the scale is off by 1e-3"),
+    values={"scale": lambda x, at: x * (1 + 1e-3)},
+)
+_precision(
+    *("scale_off_by_2e-4", "the scale is off by 2e-4"),
+    values={"scale": lambda x, at: x * (1 + 2e-4)},
+)
+_precision("scale_low", "the scale is cast to the storage format", **_rounded("scale"))
+_precision("probs_truncated", "P is truncated", **_truncated("probs", lambda a: a.probs))
+_precision("out_truncated", "the output is truncated", **_truncated("out", lambda a: a.out))
+_precision("dscores_truncated", "dS is truncated", **_truncated("dscores", lambda a: a.dscores))
+_precision("dweights_truncated", "dP is truncated", **_truncated("dweights", lambda a: a.dprobs))
+_precision("dq_truncated", "dq is truncated", **_truncated("dq", lambda a: a.grad))
+_precision("probs_in_8_bits", "P is cast to e4m3", formats={"probs": lambda a: (FLOAT8_E4M3, False)})
+_precision("out_accumulated_low", "the output is accumulated in the storage format", **_accumulated("out"))
+_precision("scores_accumulated_low", "q k^T is accumulated in the storage format", **_accumulated("scores"))
+_precision("dweights_accumulated_low", "dy v^T is accumulated in the storage format", **_accumulated("dweights"))
+_precision("dq_accumulated_low", "dq is accumulated in the storage format", **_accumulated("dq"))
+_precision("dk_accumulated_low", "dk is accumulated in the storage format", **_accumulated("dk"))
+_precision("dv_accumulated_low", "dv is accumulated in the storage format", **_accumulated("dv"))
+_precision("out_stored_per_tile", "the running output is kept in the storage format", **_rounded("sum_out"))
+_precision("dk_dv_stored_per_tile", "running dk, dv are kept in the storage format", **_rounded("sum_dk", "sum_dv"))
+_precision("dq_stored_per_tile", "the running dq is kept in the storage format", **_rounded("sum_dq"))
+_precision("total_low", "the sum of the softmax is kept in the storage format", **_rounded("total"))
+_precision("reciprocal_low", "1 / sum is cast to the storage format", **_rounded("reciprocal"))
+_precision("shrink_low", "the factor of rescaling is cast to the storage format", **_rounded("shrink"))
+_precision("weights_low", "exp is cast to the storage format", **_rounded("weights"))
+_precision("below_low", "logits less their maximum are cast to the storage format", **_rounded("below"))
+_precision("softmax_low", "the softmax is in the storage format", arithmetic=lambda a: a._replace(softmax=_low(a)))
+_precision("exp_off_by_2^-12", "exp has an error of 2^-12", exp=_ripple)
+_precision("log2e_1.44", "exp is 2^(1.44 x)", exp=lambda x: np.exp(x * x.dtype.type(1.44 * math.log(2))))
+_precision("tanh_in_11_bits", "tanh has 11 bits", tanh=lambda x: round_to(np.tanh(x), TFLOAT32))
+_precision("lse_low", "lse is stored in the storage format", **_rounded("lse"))
+_precision("part_lse_low", "lse of parts is in the storage format", algorithm="splitk", **_rounded("part_lse"))
+_precision("part_out_low", "parts are in the storage format", algorithm="splitk", **_rounded("part_out"))
+_precision("scores_low", "scores are stored in the storage format", **_rounded("scores"))
+_precision(
+    "scaled_query_low",
+    "q is scaled before its product",
+    **_rounded("scaled_query"),
+    arithmetic=lambda a: a._replace(scaled_query=_low(a)),
+)
+_precision(
+    "operands_tf32",
+    "operands are cast to TF32",
+    arithmetic=lambda a: a._replace(operands=TFLOAT32, operands_truncate=True),
+)
+_precision("operands_bf16", "operands are cast to bfloat16, once", arithmetic=lambda a: a._replace(operands=BFLOAT16))
+_precision(
+    "accumulators_e8m13", "accumulators have 14 bits", arithmetic=lambda a: a._replace(accumulator=FP8_ACCUMULATOR)
+)
+_precision("accumulators_f16", "scores are accumulated in float16", accumulators={"scores": lambda a: FLOAT16})
+_precision("d_low", "D is kept in the storage format", **_rounded("d"))
+_precision("dweights_low", "dP is kept in the storage format", **_rounded("dweights"))
+_precision("dscores_of_low_probs", "dS is of P as it was cast", **_rounded("weights_in_dlogits"))
+_precision("dscores_in_8_bits", "dS is cast to e4m3", formats={"dscores": lambda a: (FLOAT8_E4M3, False)})
+_precision(
+    "dk_dv_of_head_low",
+    "dk and dv of each query head are cast before they are summed",
+    **_rounded("dk_of_head", "dv_of_head"),
+)
+_precision("saved_out_in_8_bits", "D is of an output in e4m3", formats={"saved_out": lambda a: (FLOAT8_E4M3, False)})
+
+# --- range, NaN and infinity -------------------------------------------------------------------------------------
+
+_range("mask_value_-1e4", "a masked score is -1e4", "mask_value_finite", masked=-1e4)
+_range("mask_value_-20", "a masked score is -20", "mask_value_finite", masked=-20.0)
+_range(*("max_from_zero", "the running maximum starts at 0"), values={"first_top": lambda x, at: np.maximum(x, 0)})
+_range(
+    *("max_from_-1e4", "the running maximum starts at -1e4"), values={"first_top": lambda x, at: np.maximum(x, -1e4)}
+)
+_range(
+    *("max_not_subtracted", "exp of the logits as they are"),
+    values={
+        "shift": lambda x, at: 0 * x,
+        "shrink": _in_phase("forward", lambda x, at: np.ones_like(x)),
+        "first_total": lambda x, at: x if at.run.problem.sinks is None else x * np.exp(at.run.problem.sinks),
+        "lse_top": lambda x, at: 0 * x,
+    },
+)
+_range(
+    *("far_below_skipped", "weights less than e^-8 are left out"),
+    values={"weights": _in_phase("forward", lambda x, at: np.where(x < math.exp(-8), 0, x))},
+)
+_range("logits_clipped", "logits are clipped at 50", values={"logits": lambda x, at: np.minimum(x, 50)})
+_range(
+    "dlogits_clipped", "the gradient of the logits is clipped at 1", values={"dlogits": lambda x, at: np.clip(x, -1, 1)}
+)
+_range("probs_flushed", "weights below 2^-9 become 0", values={"probs": lambda x, at: np.where(x < 2.0**-9, 0, x)})
+_range(
+    *("sink_without_max", "exp of the sink is added as it is, the maximum not subtracted"),
+    values={
+        "first_top": lambda x, at: np.full_like(x, -INF),
+        "first_total": lambda x, at: 0 * x,
+        "last_total": lambda x, at: x if at.run.problem.sinks is None else x + np.exp(at.run.problem.sinks),
+    },
+)
+_range(
+    "nan_score_hidden", "a score of NaN counts as -inf", values={"logits": lambda x, at: np.where(np.isnan(x), -INF, x)}
+)
+_range(
+    "nan_out_zeroed",
+    "an output of NaN becomes 0",
+    values={"out": lambda x, at: np.nan_to_num(x, nan=0, posinf=INF, neginf=-INF)},
+)
+_range(
+    "nan_reaches_next_row",
+    "NaN and inf reach the query after",
+    values={"out": lambda x, at: x + 0 * np.roll(x, 1, axis=2)},
+)
+_range("inf_becomes_largest", "an infinite score becomes 1e30", values={"logits": lambda x, at: np.minimum(x, 1e30)})
+_range(
+    *("empty_part_nan", "a part of split keys of which a query sees none is NaN"),
+    algorithm="splitk",
+    values={"part_out": lambda x, at: np.where(at.running.total == 0, np.nan, x)},
+)
