@@ -176,4 +176,20 @@ PRESETS = (
     _eager("onnxruntime_cpu_float16", FLOAT16),
 )
 ARITHMETICS = {a.name: a for a in PRESETS}
-OF_DTYPE = {"float64": "float64", "float32": "float32", "float16": "f16_flash", "bfloat16": "bf16_flash"}
+OF_DTYPE = {"float64": "float64", "float32": "float32", "float16": "f16_eager", "bfloat16": "bf16_eager"}
+
+
+def ladder(a):
+    """Yield (words, Arithmetic), each coarser than what was promised: which of them explains what came out?"""
+    wide = a.out.precision >= FLOAT32.precision
+    for low in (FLOAT32,) * (a.softmax == FLOAT64) + (TFLOAT32, BFLOAT16, FLOAT16) if wide else (a.out,):
+        of = f"of {low.name}"
+        partial = a._replace(partial=low, partial_queries=16, partial_keys=16, shared_heads=low)
+        yield f"running sums {of} in the gradients", partial
+        yield f"operands {of} in the products", a._replace(operands=low, operands_truncate=True)
+        yield f"p and ds {of}", a._replace(probs=low, dscores=low, shared_heads=low)
+        stored = _eager(a.name, low)._replace(inputs=a.inputs, out=a.out, grad=a.grad)
+        yield f"every result stored as {low.name}", stored
+        softmax = stored._replace(softmax=low, exp_error=4 * low.u, tanh_error=8 * low.u)
+        yield f"every result stored, and softmax computed, as {low.name}", softmax
+        yield f"sums {of}", stored._replace(accumulator=low, partial=low, partial_queries=16, partial_keys=16)

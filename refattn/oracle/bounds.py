@@ -23,23 +23,11 @@ from refattn.attention.dot_product.dot_product_attention import Convention, Out,
 from refattn.oracle import statistical, worst_case
 from refattn.oracle.arithmetic import FLOAT32, half_ulp
 from refattn.oracle.attention_part import chain, part_of, parts, pose
+from refattn.oracle.compare import Bound
 
 SLACK = {np.float32: 1.002, np.float64: 1 + 1e-9}  # for the rounding of the bound itself, by its dtype
 GRADIENTS = "dq", "dk", "dv", "dattn_bias", "dsinks"
 TIERS = "worst", "stat"
-
-
-class Bound(NamedTuple):
-    """Arrays like the value they belong to, or None."""
-
-    worst: Any = None
-    stat: Any = None
-    sd: Any = None
-
-    @property
-    def least(self):
-        """The strictest there is."""
-        return self.worst if self.stat is None else self.stat
 
 
 def reference(call, dout=None):
@@ -73,7 +61,7 @@ def attention_bounds(call, dout, arithmetic, tiers=TIERS, values=None):
         worst = _collect(worst_case, problem) if "worst" in tiers else None
         stat = _collect(statistical, problem) if "stat" in tiers else None
         finish = _Finish(problem, call, values, arithmetic, SLACK[problem.dtype])
-        return {name: finish.bound(name, worst, stat) for name in values}
+        return {n: finish.bound(n, worst, stat) for n in values if dout is not None or n in ("out", "lse")}
 
 
 def _collect(tier, problem):
@@ -223,3 +211,21 @@ class _Finish(NamedTuple):
     def _summed(self, value):
         """How many numbers are summed to one of attn_bias."""
         return (self.problem.bias.size // max(1, value.size)) if self.problem.bias is not None else 1
+
+
+def outside_the_model(call, values, arithmetic):
+    """Why an arithmetic predicts nothing here, or nothing: what it stores may overflow."""
+    q, k = (np.where(np.isfinite(x), x, 0) for x in call.args[:2])
+    largest = min((f.largest for f in (arithmetic.scores, arithmetic.scaled_query) if f is not None), default=np.inf)
+    if np.isfinite(largest):
+        k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)  # which head meets which does not matter much
+        scale = abs(call.options.get("scale") or 1 / np.sqrt(q.shape[-1]))
+        products = (np.abs(q) @ np.abs(k).swapaxes(-1, -2)).max(initial=0) * max(1, scale)
+        if products > largest:
+            return f"scores of up to {products:.3g} may overflow {arithmetic.scores.name}"
+    for name, value in values.items():
+        form = {"out": arithmetic.out, "lse": arithmetic.lse}.get(name, arithmetic.grad)
+        size = np.abs(value[np.isfinite(value)]).max(initial=0)
+        if size > form.largest:
+            return f"{name} of up to {size:.3g} overflows {form.name}"
+    return ""

@@ -1,45 +1,54 @@
-"""The whole trial: of somebody's function against a reference, and of a mechanism against its laws.
+"""The whole trial of somebody's function against a reference.
 
-    report = refattn.check(my_attention, like="scaled_dot_product")
+    report = refattn.check(my_attention, like="dot_product_attention", arithmetic="bf16_flash")
     assert report.ok, str(report)
 """
 
 import json
-import math
-import traceback
 from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.core import leaves, tree_map
-from refattn.draw import RandomDraw
-from refattn.oracle.noise import allowed_of_call
-from refattn.oracle.compare import Verdict, compare
-from refattn.oracle.contract import NotHandled, claim, claimed, exercised, parameter_names, runner
-from refattn.oracle.derivatives import Inconclusive, complex_step
-from refattn.oracle.inputs import cast, draw_call, in_words, rounded
-from refattn.oracle.laws import gradient_errors, laws_of
+from refattn.attention.dot_product.dot_product_attention import Convention
+from refattn.oracle import contract, inputs
+from refattn.oracle.arithmetic import ARITHMETICS, FLOAT64, FORMATS, OF_DTYPE, Arithmetic, ladder
+from refattn.oracle.bounds import attention_bounds
+from refattn.oracle.canonical import as_dot_product
+from refattn.oracle.compare import OUTSIDE, worse
+from refattn.oracle.conventions import PRESETS
+from refattn.oracle.diagnose import explain, region
+from refattn.oracle.shrink import shrink
+from refattn.oracle.trial import Judge, plain, try_call
 from refattn.registry import find
 
-# --- a candidate against the reference -----------------------------------------------------------------------
+EXPLAINED = 8  # failing calls that an explanation must explain, and conforming ones that it must not spoil
 
 
 class Report(NamedTuple):
-    """What came of a trial; `verdicts` has the worst of all examples for each array: out, dq, dk, dparams.w1, ..."""
+    """What came of a trial; `verdicts` has the worst of all examples for each array: out, lse, dq, dparams.w1, ..."""
 
     candidate: str
     like: str
     framework: str
     dtype: str
+    arithmetic: str
+    convention: str
     seed: int
     verdicts: dict  # name -> Verdict
     failures: dict  # name -> in how many examples it does not conform
     examples: int  # judged
+    families: dict  # of inputs: name -> how many examples
+    outside: dict  # why nothing is predicted -> how many examples
     passed_over: dict  # reason -> how many examples
     never: tuple  # arguments and options that were never exercised
     gradients: str  # "judged", or why not
+    explanations: tuple = ()  # named mistakes and conventions that explain everything, best first
+    consistent_with: str = ""  # a coarser arithmetic that does
+    where: str = ""  # the region of the error, in words
+    smallest: Any = None  # a Trial that fails, shrunk
+    accuracy: float = 0.0  # the reference's own error is at most this part of the bounds
+    spec: Any = None  # (module, name) of the candidate, for script()
 
     @property
     def ok(self):
@@ -48,26 +57,54 @@ class Report(NamedTuple):
 
     def __str__(self):
         word = "conforms" if self.ok else "DIFFERS" if self.examples else "NOT JUDGED"
-        lines = [f"{self.candidate} like {self.like}, {self.framework} {self.dtype}: {word} ({self.examples} examples)"]
+        promise = "" if self.arithmetic == self.dtype else f", arithmetic {self.arithmetic}"
+        promise += f", convention {self.convention}" if self.convention else ""
+        head = f"{self.candidate} like {self.like}, {self.framework} {self.dtype}{promise}"
+        lines = [f"{head}: {word} ({self.examples} examples)"]
         width = max(map(len, self.verdicts), default=0)
         for name, verdict in self.verdicts.items():
-            lines.append(f"  {'ok  ' if verdict.conforms else 'FAIL'} {name:{width}}  {verdict}")
+            lines.append(f"  {verdict.kind if not verdict.conforms else 'ok':4} {name:{width}}  {verdict}")
             if not verdict.conforms:
                 lines.append(f"       {'':{width}}  so in {self.failures[name]} examples; here {verdict.example}")
+        lines += [f"  explained by {e.name}: {e.words}" for e in self.explanations]
+        if self.consistent_with:
+            lines.append(f"  consistent with {self.consistent_with}")
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.smallest is not None:
+            lines.append(f"  smallest case: {self.smallest.words}")
         if self.gradients != "judged":
             lines.append(f"  gradients are not judged: {self.gradients}")
         if self.never:
             lines.append(f"  never exercised: {', '.join(self.never)}")
+        lines += [f"  outside the model, {count} examples: {reason}" for reason, count in self.outside.items()]
         lines += [f"  passed over {count} examples: {reason}" for reason, count in self.passed_over.items()]
+        if self.accuracy:
+            lines.append(f"  the reference's own error is at most {self.accuracy:.1e} of what is allowed")
         return "\n".join(lines)
 
     def as_dict(self):
-        verdicts = {name: _plain(v._asdict()) for name, v in self.verdicts.items()}
-        return {"ok": self.ok} | self._asdict() | {"verdicts": verdicts}
+        """Everything but the arrays."""
+        record = self._asdict() | {"verdicts": {name: plain(v._asdict()) for name, v in self.verdicts.items()}}
+        record |= {"explanations": [e._asdict() for e in self.explanations]}
+        record |= {"smallest": None if self.smallest is None else self.smallest.words, "spec": self.spec}
+        return {"ok": self.ok} | plain(record)
 
     def to_json(self):
         """The report as JSON; NaN and inf are written as words."""
         return json.dumps(self.as_dict(), indent=1)
+
+    def to_html(self):
+        """The report as one page, with maps of error over bound; needs matplotlib."""
+        from refattn.html import page
+
+        return page(self)
+
+    def script(self):
+        """A few lines that reproduce the smallest failure with NumPy and the candidate alone; "" if nothing fails."""
+        from refattn.reproduce import script
+
+        return "" if self.smallest is None else script(self)
 
 
 def check(
@@ -75,55 +112,81 @@ def check(
     like,
     *,
     framework=None,
-    dtype=np.float32,
+    convention=None,
+    arithmetic=None,
+    dtype=None,
     gradients=True,
     backward=None,
     example=None,
+    families=None,
     max_examples=32,
     seed=0,
     name=None,
+    spec=None,
+    progress=None,
 ):
     """Try `candidate` against the mechanism `like`: a name, or anything with forward, backward and example.
 
-    What a candidate is and gives back: see refattn.oracle.contract. Inputs are drawn (by `example`, if given, in place
-    of the mechanism's own) and rounded to `dtype`; the reference computes in float64 from exactly those.
-    `framework="torch"` hands tensors over, and autograd answers for the gradients.
+    What a candidate is and gives back: see refattn.oracle.contract. Inputs are drawn, of all `families` of
+    refattn.oracle.inputs unless some are named, or by `example` in place of the mechanism's own; they are rounded to
+    the format of the inputs, and the reference computes in float64 from exactly those.
+
+    `arithmetic` is what the candidate promises: a name of refattn.oracle.arithmetic.ARITHMETICS, or an Arithmetic.
+    Without it, what frameworks do in `dtype` (float32 unless given). With both, `dtype` is that of the arrays.
+    `convention`, a name of refattn.oracle.conventions.PRESETS or a Convention, is for like="dot_product_attention".
+    `framework="torch"` hands tensors over, and autograd answers for the gradients. `progress(done)` is called after
+    every example.
     """
-    mechanism, dtype = find(like) if isinstance(like, str) else like, np.dtype(dtype)
-    if dtype not in (np.float64, np.float32, np.float16):
-        raise ValueError(f"check: dtype is {dtype}, expected float64, float32 or float16")
+    mechanism = find(like) if isinstance(like, str) else like
+    arithmetic, dtype = settle_arithmetic(arithmetic, dtype)
+    convention, convention_name = _settle_convention(convention, mechanism)
     how = "judged" if gradients else "not asked for"
     if gradients and framework in (None, "numpy") and backward is None:
         how = "no backward is given"
-    run, taken = runner(framework, backward), claim(candidate, mechanism)
-    verdicts, failures, passed_over, known, judged = {}, Counter(), Counter(), set(), 0
+    run, claim = contract.runner(framework, backward), contract.claim(candidate, mechanism)
+    judge = Judge(candidate, mechanism, run, arithmetic, dtype, how == "judged")
+    draws = _families(families, mechanism, example)
+    trials, outside, passed_over, known, count = [], Counter(), Counter(), set(), Counter()
     for i in range(20 * max_examples):
-        if judged == max_examples:
+        if len(trials) == max_examples:
             break
+        family, (draw, generic) = list(draws.items())[i % len(draws)]
         try:
-            drawn = draw_call(mechanism, example or mechanism.example, [seed, i])
-            call = rounded(claimed(drawn, taken, mechanism), dtype)
-            found = judge(run, candidate, mechanism, call, dtype, how == "judged", [seed, i])
-        except NotHandled as reason:
+            call = draw(claim, [seed, i])
+            if call is None:
+                continue
+            call = contract.claimed(call, claim, mechanism)
+            if convention is not None:
+                call = call._replace(options=call.options | {"convention": convention})
+            trial = try_call(judge, call, family, generic, [seed, i])
+        except contract.NotHandled as reason:
             passed_over[str(reason) or "not handled"] += 1
             continue
-        judged += 1
-        known |= exercised(call, mechanism)
-        for verdict in found:
-            failures[verdict.name] += not verdict.conforms
-            verdicts[verdict.name] = max(verdicts.get(verdict.name, verdict), verdict, key=_badness)
-    return Report(
+        reasons = {v.problem for v in trial.verdicts if v.kind == OUTSIDE}
+        outside.update(reasons)
+        if not reasons or trial.failed:
+            trials.append(trial)
+            count[family] += 1
+            known |= contract.exercised(call, mechanism)
+            if progress is not None:
+                progress(len(trials))
+    return _report(
+        judge,
+        trials,
         candidate=name or getattr(candidate, "__name__", repr(candidate)),
         like=str(getattr(mechanism, "name", mechanism)),
         framework=framework or "numpy",
-        dtype=str(dtype),
+        dtype=arithmetic.inputs.name if dtype is None else str(dtype),
+        arithmetic=arithmetic.name,
+        convention=convention_name,
         seed=seed,
-        verdicts=verdicts,
-        failures=dict(failures),
-        examples=judged,
+        examples=len(trials),
+        families=dict(count),
+        outside=dict(outside),
         passed_over=dict(passed_over),
-        never=tuple(p for p in parameter_names(mechanism) if p not in known),
+        never=tuple(p for p in contract.parameter_names(mechanism) if p not in known),
         gradients=how,
+        spec=spec or _spec(candidate),
     )
 
 
@@ -134,128 +197,114 @@ def assert_conforms(candidate, like, **options):
     return report
 
 
-def judge(run, candidate, mechanism, call, dtype, gradients, seed):
-    """The verdicts on one call: on each output, each gradient, and on the candidate's manners."""
-    names = parameter_names(mechanism)
-    out, saved = mechanism.forward(*call.args, **call.options)
-    dout = grads = None
-    if gradients:
-        rng = np.random.default_rng(seed)
-        dout = cast(cast(tree_map(lambda y: rng.normal(size=y.shape), out), dtype), np.float64)
-        grads = tuple(mechanism.backward(dout, saved))
-    given = dict(zip(names, cast(call.args, dtype))) | {k: cast(v, dtype) for k, v in call.options.items()}
-    given["dout"] = cast(dout, dtype)
-    before = {name: tree_map(np.copy, value) for name, value in given.items()}
-    args, options = [given[n] for n in names[: len(call.args)]], {k: given[k] for k in call.options}
-    down = in_words(call, names)
-    try:
-        with np.errstate(all="ignore"):
-            result, their_grads = run(candidate, args, options, given["dout"])
-    except NotHandled:
-        raise
-    except Exception as error:
-        return [Verdict("call", False, _raised(error), example=down)]
-    allowed, allowed_grads = allowed_of_call(mechanism, call, dout, (out, grads), dtype, seed)
-    if not isinstance(out, tuple) and isinstance(result, (tuple, list)):
-        result = result[0] if result else None
-    due = list(_due(out, allowed, result, "" if isinstance(out, tuple) else "out"))
-    for i, name in enumerate(names[: len(grads or ())]):
-        due += _due(grads[i], allowed_grads[i], _child(their_grads, i, i), f"d{name}")
-    verdicts = [compare(y, got, a, name=name, dtype=dtype)._replace(example=down) for name, y, a, got in due]
-    changed = [name for name, value in given.items() if not _identical(before[name], value)]
-    if changed:
-        verdicts.append(Verdict("arguments", False, f"{', '.join(changed)}: changed by the candidate", example=down))
-    return verdicts
-
-
-def _due(expected, allowed, theirs, name):
-    """Yield (name, expected, allowed, what the candidate has there or None) for every array that is due."""
-    if isinstance(expected, tuple):
-        for i, field in enumerate(getattr(expected, "_fields", range(len(expected)))):
-            below = f"{name}.{field}" if name else str(field)
-            yield from _due(expected[i], allowed[i], _child(theirs, i, field), below)
-    elif expected is not None:
-        yield name, expected, allowed, theirs
-
-
-def _child(tree, i, field):
-    if isinstance(tree, dict):
-        return tree.get(field)
-    return tree[i] if isinstance(tree, (tuple, list)) and i < len(tree) else None
-
-
-def _identical(before, after):
-    pairs = zip(leaves(before), leaves(after), strict=True)
-    return all(np.array_equal(a, b, equal_nan=np.asarray(b).dtype.kind == "f") for (_, a), (_, b) in pairs)
-
-
-def _badness(verdict):
-    return not verdict.conforms, bool(verdict.problem), verdict.ratio
-
-
-def _raised(error):
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"raised {type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
-
-
-def _plain(record):
-    def plain(x):
-        return x if not isinstance(x, (float, complex)) or (isinstance(x, float) and math.isfinite(x)) else str(x)
-
-    return {name: plain(x) for name, x in record.items()}
-
-
-# --- a mechanism against its laws ----------------------------------------------------------------------------
-
-
-class LawReport(NamedTuple):
-    """What came of trying a mechanism against its laws."""
-
-    name: str
-    family: str
-    worst: float  # gradient error: <J'dout, v> against <dout, J v>, relative to their terms
-    laws: int
-    examples: int
-    inconclusive: int  # of all laws and examples: a kink lay within a step of the differences
-    failures: tuple  # in words, one per law
-    witnesses: tuple
-
-    @property
-    def ok(self):
-        return not self.failures
-
-    def __str__(self):
-        lines = [f"{self.name}: {'conforms' if self.ok else 'FAILS'} ({self.laws} laws, {self.examples} examples)"]
-        return "\n".join(lines + [f"  {failure}" for failure in self.failures])
-
-    def as_dict(self):
-        return {"ok": self.ok} | _plain(self._asdict())
-
-
-def check_laws(mechanism, examples=10, seed=0):
-    """Every law of a mechanism, on calls that it draws itself."""
-    laws, errors, failures, inconclusive = laws_of(mechanism), [], {}, 0
-
-    def gradient(mechanism, call, rng):
-        for _, ours, theirs, allowed in gradient_errors(mechanism, call, rng, complex_step, rtol=1e-12):
-            errors.append(1e-12 * abs(ours - theirs) / allowed)
-
-    for i in range(examples):
-        for law in (*laws, gradient):
-            try:
-                law(mechanism, mechanism.example(RandomDraw([seed, i])), np.random.default_rng([seed, i]))
-            except Inconclusive:
-                inconclusive += 1
-            except Exception as error:
-                story = str(error) if isinstance(error, AssertionError) else f"{mechanism}: {_raised(error)}"
-                failures.setdefault(law.__name__, f"{law.__name__}, example {i} of seed {seed}: {story}")
-    return LawReport(
-        name=mechanism.name,
-        family=mechanism.family,
-        worst=float(np.max(errors, initial=0)),
-        laws=len(laws),
-        examples=examples,
-        inconclusive=inconclusive,
-        failures=tuple(failures.values()),
-        witnesses=tuple(mechanism.ABOUT.witnesses),
+def _report(judge, trials, **known):
+    verdicts, failures = {}, Counter()
+    for trial in trials:
+        for verdict in trial.verdicts:
+            failures[verdict.name] += not verdict.conforms
+            verdicts[verdict.name] = max(verdicts.get(verdict.name, verdict), verdict, key=worse)
+    report = Report(verdicts=verdicts, failures=dict(failures), accuracy=_accuracy(judge, trials), **known)
+    failed = sorted((t for t in trials if t.failed), key=_size)
+    if not failed:
+        return report
+    smallest = shrink(judge, failed[0])
+    some = [smallest, *failed[:EXPLAINED], *[t for t in trials if not t.failed][:EXPLAINED]]
+    return report._replace(
+        smallest=smallest,
+        explanations=explain(judge.mechanism, some, judge.arithmetic),
+        consistent_with=_coarser(judge, failed[:EXPLAINED]),
+        where=region(failed[0]),
     )
+
+
+def _size(trial):
+    return sum(np.size(x) for x in trial.expected.values()), trial.words
+
+
+def _coarser(judge, failed):
+    """The first coarser arithmetic, in words, in which all that failed conforms."""
+    for words, arithmetic in ladder(judge.arithmetic):
+        coarse = judge._replace(arithmetic=arithmetic)
+        if all(try_call(coarse, t.call, t.family, False, t.seed).conforms for t in failed):
+            return words
+    return ""
+
+
+def _accuracy(judge, trials):
+    """The largest error of the reference itself as a part of the bound, in the first call of each family."""
+    most, exact, seen = 0.0, ARITHMETICS["float64"], set()
+    for trial in trials:
+        canonical = as_dot_product(judge.mechanism, trial.call)
+        if canonical is None or trial.family in seen or not trial.bounds or judge.arithmetic.inputs == FLOAT64:
+            continue
+        seen.add(trial.family)
+        dout = None if trial.dout is None else trial.dout.reshape(*canonical.args[0].shape[:3], trial.dout.shape[-1])
+        for name, ours in attention_bounds(canonical, dout, exact, ("worst",)).items():
+            allowed = trial.bounds.get(name)
+            if allowed is not None and allowed.least is not None:
+                with np.errstate(all="ignore"):
+                    part = ours.worst.reshape(allowed.least.shape) / allowed.least
+                most = max(most, np.nanmax(np.where(allowed.least > 0, part, 0), initial=0))
+    return float(most)
+
+
+# --- what was asked for ---------------------------------------------------------------------------------------
+
+
+def settle_arithmetic(arithmetic, dtype):
+    """(Arithmetic, the NumPy dtype of all arrays or None) from what `check` was given."""
+    if isinstance(arithmetic, str):
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"check: arithmetic is {arithmetic!r}, expected one of {', '.join(ARITHMETICS)}")
+        arithmetic = ARITHMETICS[arithmetic]
+    if arithmetic is not None and not isinstance(arithmetic, Arithmetic):
+        raise ValueError(f"check: arithmetic is {arithmetic!r}, expected a name or an Arithmetic")
+    form = None
+    if dtype is not None:
+        form = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        if form not in OF_DTYPE and not (arithmetic is not None and form in FORMATS):
+            raise ValueError(f"check: dtype is {form}, expected {', '.join(OF_DTYPE)}")
+    if arithmetic is None:
+        return ARITHMETICS[OF_DTYPE[form or "float32"]], None
+    if form is None or form == arithmetic.inputs.name == arithmetic.out.name:
+        return arithmetic, None
+    for stored in (arithmetic.inputs, arithmetic.out, arithmetic.grad):
+        wide = FORMATS[form]
+        if wide.precision < stored.precision or wide.largest < stored.largest or wide.least > stored.least:
+            raise ValueError(f"check: dtype is {form}, expected one that holds {stored.name} ({arithmetic.name})")
+    return arithmetic, np.dtype(form)
+
+
+def _settle_convention(convention, mechanism):
+    if convention is None:
+        return None, ""
+    if "convention" not in contract.parameter_names(mechanism):
+        raise ValueError(f"check: convention is {convention!r}, expected none: {mechanism} has no such option")
+    if isinstance(convention, str):
+        if convention not in PRESETS:
+            raise ValueError(f"check: convention is {convention!r}, expected one of {', '.join(PRESETS)}")
+        return PRESETS[convention], convention
+    if not isinstance(convention, Convention):
+        raise ValueError(f"check: convention is {convention!r}, expected a name or a Convention")
+    return convention, next((name for name, c in PRESETS.items() if c == convention), str(convention))
+
+
+def _families(families, mechanism, example):
+    """{name: (draw(claim, seed), whether chance has the say)}."""
+    if example is not None:
+        return {"example": (lambda claim, seed: inputs.draw_call(mechanism, example, seed), False)}
+    known = inputs.families(mechanism)
+    wanted = list(known) if families is None else [families] if isinstance(families, str) else list(families)
+    for family in wanted:
+        if family not in known:
+            raise ValueError(f"check: families has {family!r}, expected some of {', '.join(known)}")
+
+    def drawn(family):
+        return lambda claim, seed: inputs.draw(mechanism, family, claim, seed)
+
+    return {family: (drawn(family), known[family].generic) for family in wanted}
+
+
+def _spec(candidate):
+    module, name = getattr(candidate, "__module__", None), getattr(candidate, "__qualname__", "")
+    return (module, name) if module and name.isidentifier() else None

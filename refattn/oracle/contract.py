@@ -8,6 +8,8 @@ backward(dout, *args, out, ..., **options), that returns one gradient per array 
 
 import importlib
 import inspect
+import traceback
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -111,3 +113,9 @@ def with_backward(backward):
         return result, grads if several else (grads,)
 
     return run
+
+
+def raised(error):
+    """An exception of a candidate in words, with its place."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"raised {type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"

@@ -1,20 +1,24 @@
 r"""How far a right answer may be from the reference: the allowed error, element by element, of any mechanism.
 
 No tolerance is picked by hand. The reference itself is run again, forward and backward, as a sloppy machine would:
-every argument and the result of every NumPy operation are off by a random amount, of the size that rounding to the
-candidate's dtype may cause, only SLOPPY times larger. What such runs do to an element is what rounding can do to it.
+every argument and the result of every NumPy operation are off by a random amount, of the size that rounding in the
+candidate's Arithmetic may cause, only SLOPPY times larger. What such runs do to an element is what rounding can do
+to it.
 
-    allowed = u |y| + FACTOR / SLOPPY rms(y' - y)        y' one of RUNS noisy results, u the unit roundoff
+    sd      = rms(y' - y) / SLOPPY                   y' one of RUNS noisy results
+    allowed = FACTOR sd + half a unit in the last place of what is stored
 
 Each operation is moved by a uniform error of at most
-    u |v|          one rounding of the result v; twice that for exp, tanh, ...; 2 u for erfc, often written as 1 - erf
-    u sqrt(n (v^2 / 3 + q / 6) + q)    for a sum v of n terms t_i, q = sum t_i^2, in an order that the terms do not know
-    the smallest normal number         where v is not 0: results may underflow
+    u |v|          one rounding of the result v to the format of results; twice that for exp, tanh, ...; 2 u for erfc,
+                   often written as 1 - erf
+    u |v| + a sqrt(n (v^2 / 3 + q / 6) + q)    for a sum v of n terms t_i, q = sum t_i^2, in an order that the terms do
+                   not know, a the unit roundoff of the accumulator
+    the smallest normal number                 where v is not 0: results may underflow
 so errors that cancel, grow in an iteration, or decide which way a ReLU goes are followed as they happen, not to first
 order. An exact zero (behind a mask, say) stays one, and then the candidate's must be exact too.
 
 What this is, and is not
-    Rigorous: nothing but the u |y|. It is no worst case: rounding errors conspire in sums of equal terms.
+    Rigorous: nothing but the last rounding. It is no worst case: rounding errors conspire in sums of equal terms.
     First order: nothing.
     Statistical: all of it. The candidate's errors are taken to be about as large as those of the reference's own
     operations would be; its algorithm may differ (blocks, another order, a recomputed softmax), and FACTOR is there
@@ -30,42 +34,58 @@ import numpy as np
 from scipy.special import erfc
 
 from refattn.core import tree_map
+from refattn.oracle.arithmetic import half_ulp
+from refattn.oracle.compare import Bound
 
 SLOPPY = 8.0
 FACTOR = 24.0
 RUNS = 16
 
 
-def unit_roundoff(dtype):
-    """u, half the gap between 1 and the next number."""
-    return float(np.finfo(dtype).eps) / 2
+def noise_bounds(value, expected, arithmetic, seed=0):
+    """A Bound, without a worst case, for each array of the tree `expected`, when computed in `arithmetic`.
 
-
-def allowed(value, expected, dtype, seed=0):
-    """The allowed error of each array of `expected`, when computed in `dtype`.
-
-    `value(noisy)` computes `expected` (a tree) again from noisy copies of its floating-point inputs; it makes such
-    a copy of an array or a tree with the function `noisy` that it is given.
+    `value(noisy)` computes `expected` again from noisy copies of its floating-point inputs; it makes such a copy of an
+    array or a tree with the function `noisy` that it is given. `expected` is (out, gradients): they may be stored in
+    different formats.
     """
-    u = unit_roundoff(dtype)
+    formats = [f for f in (arithmetic.scores, arithmetic.probs, arithmetic.softmax) if f is not None]
+    results = max(formats, key=lambda form: form.u)  # what an operation leaves behind
     total = tree_map(np.zeros_like, expected)
     for run in range(RUNS):
-        noise = Noise(np.random.default_rng([seed, run]), SLOPPY * u, float(np.finfo(dtype).tiny), bool(run % 2))
+        noise = Noise(
+            np.random.default_rng([seed, run]),
+            *(SLOPPY * results.u, SLOPPY * arithmetic.accumulator.u, results.tiny, bool(run % 2)),
+        )
         with np.errstate(all="ignore"):
             moved = value(lambda tree, noise=noise: tree_map(noise.start, tree))
             total = tree_map(lambda s, y, e: s + (np.asarray(y) - e) ** 2, total, moved, expected)
 
-    return tree_map(lambda y, s: u * np.abs(y) + FACTOR * np.sqrt(s / RUNS) / SLOPPY, expected, total)
+    def bound(form):
+        def of(y, s):
+            sd = np.sqrt(s / RUNS) / SLOPPY
+            size = np.where(np.isfinite(y), np.abs(y), 0)
+            error, last = FACTOR * sd, half_ulp(size, form) * (y != 0)
+            sd = np.sqrt(sd * sd + last * last / 3)
+            return Bound(None, error + half_ulp(size + error, form) * ((y != 0) | (error > 0)), sd)
+
+        return of
+
+    (out, grads), (out_total, grads_total) = expected, total
+    return (
+        tree_map(bound(arithmetic.out), out, out_total),
+        tree_map(bound(arithmetic.grad), grads, grads_total),
+    )
 
 
-def allowed_of_call(mechanism, call, dout, expected, dtype, seed=0):
-    """`allowed` for a mechanism's (out, gradients); for out alone where dout is None, and `expected` is (out, None)."""
+def noise_bounds_of_call(mechanism, call, dout, expected, arithmetic, seed=0):
+    """`noise_bounds` for a mechanism's (out, gradients); `expected` is (out, None) where dout is None."""
 
     def value(noisy):
         out, saved = mechanism.forward(*noisy(call.args), **{k: noisy(v) for k, v in call.options.items()})
         return out, None if dout is None else tuple(mechanism.backward(noisy(dout), saved))
 
-    return allowed(value, expected, dtype, seed)
+    return noise_bounds(value, expected, arithmetic, seed)
 
 
 # --- arithmetic that is off by a little ----------------------------------------------------------------------
@@ -78,6 +98,7 @@ EXACT = {np.negative, np.positive, np.absolute, np.fabs, np.sign, np.maximum, np
 class Noise(NamedTuple):
     rng: np.random.Generator
     unit: float  # relative size of one error
+    acc: float  # and of one in a sum, before it is stored
     tiny: float  # absolute size of an underflow
     afresh: bool  # a sum that is used twice has another error each time: it might be computed again, in another way
 
@@ -85,7 +106,7 @@ class Noise(NamedTuple):
         """A noisy copy of an argument or a constant, if it is an array of real numbers."""
         if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
             return x
-        return self.add(x, self.unit * np.abs(x))
+        return self.add(x, self.acc * np.abs(x))
 
     def add(self, x, spread, remember=False):
         """x, each element moved by up to its spread, as an array that goes on being noisy."""
@@ -100,7 +121,11 @@ class Noise(NamedTuple):
         n, squares = np.zeros_like(target), np.zeros_like(target)
         for sums, terms in ((target, values), (n, 1), (squares, values * values)):
             np.add.at(sums, index, terms)
-        target[...] = _plain(self.add(target, self.unit * _sum_of(n, target, squares)))
+        target[...] = _plain(self.add(target, self.of_sum(n, target, squares)))
+
+    def of_sum(self, n, v, squares):
+        """The error of a sum v of n terms, in random order, each partial sum rounded; `squares` is their sum."""
+        return self.unit * np.abs(v) + self.acc * np.sqrt(n * (v * v / 3 + squares / 6) + squares)
 
     def wrap(self, x):
         if isinstance(x, tuple):
@@ -142,7 +167,7 @@ class Noisy(np.ndarray):
             out[0].exact = None
         if exact or isinstance(result, tuple) or result.dtype.kind != "f":
             return noise.wrap(result) if out is None else out[0]
-        spread = noise.unit * _growth(ufunc, method, operands, kwargs, result)
+        spread = _growth(noise, ufunc, method, operands, kwargs, result)
         noisy = noise.add(result, spread, remember=ufunc is np.matmul or method == "reduce")
         if out is None:
             return noisy
@@ -155,32 +180,28 @@ class Noisy(np.ndarray):
         operands = [self.noise.use(x) for x in args]
         v = function(*operands, **kwargs)
         squares = function(*(x * x if isinstance(x, np.ndarray) else x for x in operands), **kwargs)
-        return self.noise.add(v, self.noise.unit * _sum_of(PRODUCTS[function](*operands), v, squares), remember=True)
+        return self.noise.add(v, self.noise.of_sum(PRODUCTS[function](*operands), v, squares), remember=True)
 
 
 def _plain(x):
     return x.view(np.ndarray) if isinstance(x, Noisy) else x
 
 
-def _growth(ufunc, method, inputs, kwargs, v):
-    """The size of the error of an operation, in units of roundoff."""
+def _growth(noise, ufunc, method, inputs, kwargs, v):
+    """The size of the error of an operation."""
     if ufunc is np.matmul:
         a, b = inputs
-        return _sum_of(a.shape[-1], v, np.matmul(a * a, b * b, **{k: x for k, x in kwargs.items() if k == "axes"}))
+        axes = {k: x for k, x in kwargs.items() if k == "axes"}
+        return noise.of_sum(a.shape[-1], v, np.matmul(a * a, b * b, **axes))
     if method in ("reduce", "accumulate", "reduceat"):
         terms, rest = inputs[0], inputs[1:]
         length = max(1, terms.size // max(1, np.size(v))) if method == "reduce" else max(terms.shape, default=1)
         if ufunc is not np.add:
-            return length * np.abs(v)
-        return _sum_of(length, v, getattr(ufunc, method)(terms * terms, *rest, **kwargs))
+            return noise.unit * length * np.abs(v)
+        return noise.of_sum(length, v, getattr(ufunc, method)(terms * terms, *rest, **kwargs))
     if ufunc is erfc:
-        return 2 * np.maximum(np.abs(v), 1)  # others write 1 - erf, and lose digits where it is small
-    return np.abs(v) if ufunc in BASIC else 2 * np.abs(v)
-
-
-def _sum_of(n, v, squares):
-    """Of a sum v of n terms, in random order, each partial sum rounded; `squares` is the sum of the squared terms."""
-    return np.sqrt(n * (v * v / 3 + squares / 6) + squares)
+        return noise.unit * 2 * np.maximum(np.abs(v), 1)  # others write 1 - erf, and lose digits where it is small
+    return noise.unit * np.abs(v) * (1 if ufunc in BASIC else 2)
 
 
 def _summed(subscripts, *operands):
