@@ -58,11 +58,12 @@ class Part(NamedTuple):
     v: Any  # (h, K, E)
     centred: Any  # v without its mean: what all keys have in common does not matter
     x: Any  # scaled products, absolute
-    s: Any  # logits, absolute, 0 where p is
+    s: Any  # logits, absolute, 0 where not alive
     below: Any  # how far the logit is below the largest
     t: Any  # tanh of the soft cap, and its slope
     slope: Any
     seen: Any  # where the logit is computed, not given by a mask
+    alive: Any  # where p is not 0, be it ever so small
     p: Any
     kept: Any  # the factor of dropout, or None
     sink: Any  # its share (h, r, 1); 0 without
@@ -184,7 +185,8 @@ def part_of(problem, b, heads, rows):
     e_sink = np.exp(sink - shift)
     total = np.where(dead, 1, e.sum(axis=-1, keepdims=True, dtype=np.float64) + e_sink)
     p = (e / total).astype(as_)
-    alive = p > 0
+    computed = np.ones(1, bool) if seen is None else np.broadcast_to(seen, p.shape)
+    alive = np.isfinite(s) & (computed | (p > 0))
     kept = problem.keep
     if kept is not None:
         kept = np.broadcast_to(kept[b if len(kept) > 1 else 0], (problem.q.shape[1], *_sizes(problem)))
@@ -195,7 +197,6 @@ def part_of(problem, b, heads, rows):
     if rules.softcap is not None:
         t = np.tanh(np.where(np.isfinite(uncapped[0]), uncapped[0], 0) / rules.softcap)
         t, slope = np.abs(t).astype(as_), (1 - t * t).astype(as_)
-    computed = np.ones(1, bool) if seen is None else np.broadcast_to(seen, p.shape)
     part = dict(
         arithmetic=arithmetic,
         scale=abs(rules.scale),
@@ -209,6 +210,7 @@ def part_of(problem, b, heads, rows):
         t=t,
         slope=slope,
         seen=computed,
+        alive=alive,
         p=silence(p, None if seen is None else computed, rules),
         kept=kept,
         sink=(e_sink / total).astype(as_) if problem.sinks is not None else as_(0),

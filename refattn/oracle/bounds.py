@@ -75,7 +75,7 @@ def _collect(tier, problem):
         shapes |= {"lost_dq": (queries, features), "lost_dk": (keys, features), "lost_dv": (keys, wide)}
         shapes |= {"abs_dk": (keys, features), "abs_dv": (keys, wide)}
         if problem.bias is not None:
-            shapes |= {"dattn_bias": (queries, keys), "abs_dattn_bias": (queries, keys)}
+            shapes |= dict.fromkeys(("dattn_bias", "abs_dattn_bias", "lost_dattn_bias"), (queries, keys))
     found = {name: np.zeros(heads + shape, whole) for name, shape in shapes.items()}
     for b, some, rows in parts(problem):
         part = part_of(problem, b, some, rows)
@@ -100,6 +100,8 @@ def _collect(tier, problem):
         if problem.bias is not None:
             found["dattn_bias"][b, some, rows] = grads.dbias
             found["abs_dattn_bias"][b, some, rows] = np.abs(part.ds)
+            if tier is statistical:
+                found["lost_dattn_bias"][b, some, rows] = grads.lost_dbias * part.alive
     return found
 
 
@@ -195,7 +197,8 @@ class _Finish(NamedTuple):
             n = self._summed(value)
             variance = shrink(found[name], value.shape)
             squares = shrink(found[f"abs_{name}"] ** 2, value.shape)
-            return variance + (n > 1) * u**2 / 3 * (n * (value**2 / 3 + squares / 6) + squares), 0.0
+            variance = variance + (n > 1) * u**2 / 3 * (n * (value**2 / 3 + squares / 6) + squares)
+            return variance, shrink(found[f"lost_{name}"], value.shape)
         if name == "dsinks":
             n = self.problem.q.shape[0] * self.problem.q.shape[2]
             return found[name].sum(axis=0)[:, 0, 0].astype(np.float64) + n * u**2 / 3 * value**2, 0.0

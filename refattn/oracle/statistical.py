@@ -59,7 +59,7 @@ def forward(part):
     sums = _sum(a, u, keys, y, squares, lambda: weights @ size)
     n = chain(a, keys)
     divisor = u.softmax**2 * THIRD * (n / 3 + 2)
-    apart = THIRD * (u.prob**2 + u.op**2) * squares
+    apart = THIRD * (u.prob**2 + u.op**2) * squares + _vanished(part) * (size * size).sum(axis=-2, keepdims=True)
     lost = 0.0
     if u.lost_prob > VISIBLE:
         most = u.lost_prob if a.probs_normalised else u.lost_prob / part.total
@@ -73,6 +73,7 @@ def forward(part):
     logs = 3 * part.top**2 + 3 * part.log_total**2 + 2 * part.lse**2 + 4
     lse = moved.sum(axis=-1, keepdims=True) + shared + divisor + THIRD * u.softmax**2 * logs
     lse = lse + part.sink**2 * THIRD * (u.softmax**2 * 3 * part.sink_below**2 + 2 * a.exp_error**2)
+    lost = lost + u.floor * size.sum(axis=-2, keepdims=True)
     return Forward(out, lse, lost, own, common, score, grown, sums, divisor)
 
 
@@ -116,6 +117,7 @@ class Backward(NamedTuple):
     lost_dq: Any
     lost_dk: Any
     lost_dv: Any
+    lost_dbias: Any  # a number
 
 
 def backward(part, fwd, queries):
@@ -144,7 +146,7 @@ def backward(part, fwd, queries):
         dx = dx + ds_only * (bent + 2 * u.softmax**2)
     dx = dx + THIRD * (u.dscore**2 + u.op**2 + u.query**2) * dx2
     if u.lost_dscore:
-        dx = dx + u.lost_dscore**2 * (part.p > 0)
+        dx = dx + u.lost_dscore**2 * part.alive
     once_more = fwd.lse + 3 * THIRD * u.softmax**2
     coefficient = ((part.p * slope) @ part.k) ** 2
     n = chain(a, keys)
@@ -155,7 +157,9 @@ def backward(part, fwd, queries):
         times = -(-keys // a.partial_keys)
         of_part = a.partial.u**2 * THIRD * times / 6
         dq = dq + a.partial.u**2 * THIRD * (times / 3 + 1) * part.dq**2 + times * a.partial.eta**2
+    vanished = _vanished(part) * (1 + delta2.max(initial=0))
     dq = dq + part.scale**2 * ((dx + (of_sum + of_part) * dx2) @ k2 + coefficient * d)
+    dq = dq + part.scale**2 * vanished * k2.sum(axis=-2, keepdims=True)
     if a.accumulator_truncates:
         dq = dq + (0.25 * u.acc * n * (part.dq + part.scale * np.sqrt(dx2 @ k2))) ** 2
     m = chain(a, queries)
@@ -163,24 +167,29 @@ def backward(part, fwd, queries):
     if a.partial is not None:
         of_sum = of_sum + a.partial.u**2 * THIRD * -(-queries // a.partial_queries) / 6
     columns = dx + p2 * slope**2 * d + dx2 * (once_more + of_sum)
-    dk = part.scale**2 * (_turned(columns) @ q2)
+    dk = part.scale**2 * (_turned(columns) @ q2 + vanished * q2.sum(axis=-2, keepdims=True))
     weights = (part.p * kept) ** 2
     columns = (fwd.grown * kept) ** 2 * (z + fwd.common + fwd.lse + THIRD * (u.prob**2 + u.op**2))
     columns = columns + (lost * kept) ** 2 + of_sum * weights
-    dv = _turned(columns) @ dy2
-    lost_dq = lost_dk = lost_dv = 0.0
+    dv = _turned(columns) @ dy2 + _vanished(part) * dy2.sum(axis=-2, keepdims=True)
+    size_q, size_k, size_dy = np.abs(part.q), np.abs(part.k), np.abs(part.dy)
+    gate = 4 * u.floor * (part.delta.max(initial=0) + (size_dy @ _turned(np.abs(part.v))).max(initial=0))
+    lost_dq = part.scale * gate * size_k.sum(axis=-2, keepdims=True)
+    lost_dk = part.scale * gate * size_q.sum(axis=-2, keepdims=True)
+    lost_dv = 4 * u.floor * size_dy.sum(axis=-2, keepdims=True)
     if u.lost_prob > VISIBLE:
-        lost_dv = _turned(gone * kept) @ np.abs(part.dy)
+        lost_dv = lost_dv + _turned(gone * kept) @ size_dy
         if in_ds:
-            lost_dq = part.scale * ((gone * part.delta) @ np.abs(part.k))
-            lost_dk = part.scale * (_turned(gone * part.delta) @ np.abs(part.q))
+            lost_dq = lost_dq + part.scale * ((gone * part.delta) @ size_k)
+            lost_dk = lost_dk + part.scale * (_turned(gone * part.delta) @ size_q)
     dbias = None
     if part.biased:
         dbias = ds + p2 * d + ds_only * (fwd.lse + THIRD * u.dscore**2)
         dbias = dbias if not part.cap_last else dx + slope**2 * (p2 * d + ds_only * fwd.lse)
+        dbias = dbias + vanished * part.alive
     below = part.sink_below + part.log_total
     dsinks = part.sink**2 * (part.d**2 * (fwd.lse + 6 * u.softmax**2 * (1 + below**2)) + d)
-    return Backward(dq, dk, dv, dbias, dsinks, lost_dq, lost_dk, lost_dv)
+    return Backward(dq, dk, dv, dbias, dsinks, lost_dq, lost_dk, lost_dv, gate)
 
 
 def _row_sum(part, fwd, a, u, p2, delta2, dp, lost, gone):
@@ -204,6 +213,11 @@ def _row_sum(part, fwd, a, u, p2, delta2, dp, lost, gone):
         d = d + (THIRD + (0.25 if a.operands_truncate else 0)) * u.op**2 * total(dy2 * part.y**2)
         d = d + (0.5 * u.op) ** 2 * d2 * a.operands_truncate
     return d
+
+
+def _vanished(part):
+    """What squares may have lost of each term here, since they are computed in a finite range themselves."""
+    return 10 * float(np.finfo(part.p.dtype).tiny)
 
 
 def _plain_sum(u, n, total2, squares):

@@ -146,7 +146,7 @@ def backward(part, fwd, queries):
     bend = 0.0
     if part.softcap is not None:
         bend = 2 * part.t * fwd.cap + fwd.cap**2 + 2 * u.softmax
-    lost_ds = u.lost_dscore * (p > 0) if u.lost_dscore else 0.0
+    lost_ds = u.lost_dscore * part.alive if u.lost_dscore else 0.0
 
     def stored(error, whole, n):
         """The error of dx once ds is bent, cast, and summed n times."""
@@ -177,7 +177,7 @@ def backward(part, fwd, queries):
     dbias = None
     if part.biased:
         before = ds_column if not part.cap_last else stored(ds_column, ds_column, 0)
-        dbias = (before + u.dscore * (size_ds + ds_column) + gate) * (p > 0)
+        dbias = (before + u.dscore * (size_ds + ds_column) + gate) * part.alive
     dsinks = part.sink * (
         np.expm1(lse + 4 * u.softmax + 3 * u.softmax * (part.sink_below + part.log_total)) * (part.d + d) + d
     )
