@@ -342,9 +342,9 @@ _structural(
     values={"key": lambda x, at: x * (np.arange(x.shape[-1]) < x.shape[-1] - 1)},
 )
 _structural(
-    *("keys_of_other_head", "the keys of heads 0 and 1 are swapped in backward"),
+    *("keys_of_next_head", "backward has the keys of the next head"),
     only="backward",
-    values={"key": lambda x, at: np.concatenate([x[:, 1::-1], x[:, 2:]], axis=1)},
+    values={"key": lambda x, at: np.roll(x, -1, axis=1)},
 )
 
 # --- structural: heads, items, sinks, dropout --------------------------------------------------------------------
@@ -500,7 +500,7 @@ _structural(
 _structural("first_tile_twice", "the first tile of keys counts twice", key_tiles=lambda tiles, size: tiles[:1] + tiles)
 _structural(
     *("last_key_dropped", "the last key is left out", "last_key_dropped"),
-    key_tiles=lambda tiles, size: [j[j < sum(map(len, tiles)) - 1] for j in tiles],
+    key_tiles=lambda tiles, size: [j for j in (j[j < sum(map(len, tiles)) - 1] for j in tiles) if len(j)],
 )
 _structural(
     *("key_shifted", "scores are those of the key after", "key_shifted"),
@@ -644,14 +644,17 @@ _range(
     },
 )
 _range(
-    *("far_below_skipped", "weights less than e^-8 are left out"),
-    values={"weights": _in_phase("forward", lambda x, at: np.where(x < math.exp(-8), 0, x))},
+    *("far_below_skipped", "weights less than 2^-8 are left out"),
+    values={"weights": _in_phase("forward", lambda x, at: np.where(x < 2.0**-8, 0, x))},
 )
 _range("logits_clipped", "logits are clipped at 50", values={"logits": lambda x, at: np.minimum(x, 50)})
 _range(
     "dlogits_clipped", "the gradient of the logits is clipped at 1", values={"dlogits": lambda x, at: np.clip(x, -1, 1)}
 )
-_range("probs_flushed", "weights below 2^-9 become 0", values={"probs": lambda x, at: np.where(x < 2.0**-9, 0, x)})
+_range(
+    *("probs_flushed", "a weight below 2^-6, the smallest normal number of e4m3, is cast to 0"),
+    values={"probs": lambda x, at: np.where(x < 2.0**-6, 0, x)},
+)
 _range(
     *("sink_without_max", "exp of the sink is added as it is, the maximum not subtracted"),
     values={
