@@ -57,7 +57,7 @@ class Part(NamedTuple):
     k: Any  # (h, K, D)
     v: Any  # (h, K, E)
     centred: Any  # v without its mean: what all keys have in common does not matter
-    x: Any  # scaled products, absolute
+    x: Any  # scaled products, with their signs
     s: Any  # logits, absolute, 0 where not alive
     below: Any  # how far the logit is below the largest
     t: Any  # tanh of the soft cap, and its slope
@@ -204,7 +204,7 @@ def part_of(problem, b, heads, rows):
         cap_last=rules.convention.softcap_after != "scale",
         biased=bias is not None,
         **{name: x.astype(as_) for name, x in {"q": q, "k": k, "v": v, "centred": v - centre, "y": y}.items()},
-        x=np.abs(x, dtype=as_),
+        x=x.astype(as_),
         s=np.where(alive, np.abs(s), 0).astype(as_),
         below=np.where(alive, below, 0),
         t=t,
@@ -213,8 +213,8 @@ def part_of(problem, b, heads, rows):
         alive=alive,
         p=silence(p, None if seen is None else computed, rules),
         kept=kept,
-        sink=(e_sink / total).astype(as_) if problem.sinks is not None else as_(0),
-        sink_below=np.abs(shift - sink).astype(as_) if problem.sinks is not None else as_(0),
+        sink=e_sink / total if problem.sinks is not None else as_(0),  # float64: its square may be tiny
+        sink_below=np.abs(shift - sink) if problem.sinks is not None else as_(0),
         **{"top": np.abs(shift).astype(as_), "log_total": np.abs(np.log(total)).astype(as_)},
         lse=np.abs(np.where(dead, 0, shift + np.log(total))).astype(as_),
         total=total.astype(as_),

@@ -76,7 +76,7 @@ def _collect(tier, problem):
         shapes |= {"abs_dk": (keys, features), "abs_dv": (keys, wide)}
         if problem.bias is not None:
             shapes |= dict.fromkeys(("dattn_bias", "abs_dattn_bias", "lost_dattn_bias"), (queries, keys))
-    found = {name: np.zeros(heads + shape, whole) for name, shape in shapes.items()}
+    found = {name: np.zeros(heads + shape, np.float64 if name == "dsinks" else whole) for name, shape in shapes.items()}
     for b, some, rows in parts(problem):
         part = part_of(problem, b, some, rows)
         fwd = tier.forward(part)

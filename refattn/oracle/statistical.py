@@ -74,13 +74,18 @@ def forward(part):
     lse = moved.sum(axis=-1, keepdims=True) + shared + divisor + THIRD * u.softmax**2 * logs
     lse = lse + part.sink**2 * THIRD * (u.softmax**2 * 3 * part.sink_below**2 + 2 * a.exp_error**2)
     lost = lost + u.floor * size.sum(axis=-2, keepdims=True)
+    if a.operands_truncate:
+        shift = _shift(part)
+        weights = shift if part.kept is None else shift * part.kept
+        lost = lost + u.op * np.abs(weights @ part.v) + 0.5 * u.op * np.abs(y)
     return Forward(out, lse, lost, own, common, score, grown, sums, divisor)
 
 
 def _exponents(part, a, u, keys, features):
     """Variances of what stands in the exponent: key by key; common to a row; and of the products alone."""
+    # The order of the features is not left to chance: a few are large, always the same. 4 Q / 6 + A^2 / 3 covers it.
     squares = part.scale**2 * ((part.q * part.q) @ (part.k * part.k).swapaxes(-1, -2))
-    product = _sum(a, u, features, part.x, squares, lambda: part.scale * (np.abs(part.q) @ _turned(np.abs(part.k))))
+    product = _sum(a, u, features, part.x, 4 * squares, lambda: part.scale * (np.abs(part.q) @ _turned(np.abs(part.k))))
     product += THIRD * (2 * u.softmax**2 + a.score_roundings * u.score**2) * part.x**2
     common = 0.0
     if u.op or u.query:
@@ -90,7 +95,7 @@ def _exponents(part, a, u, keys, features):
     own = product + common  # of the rounded keys, and of the rounded query
     bias = THIRD * max(u.softmax, u.score) ** 2 if part.biased else 0.0
     if part.biased and part.cap_last:
-        own = own + bias * (part.x + part.s) ** 2
+        own = own + bias * (np.abs(part.x) + part.s) ** 2
     if part.softcap is not None:
         bend = part.slope * part.slope
         own, common = own * bend, common * bend
@@ -127,7 +132,7 @@ def backward(part, fwd, queries):
     kept = 1 if part.kept is None else part.kept
     q2, k2, v2, dy2 = (x * x for x in (part.q, part.k, part.v, part.dy))
     squares = (dy2 @ _turned(v2)) * kept**2
-    dp = _sum(a, u, features, part.dp, squares, lambda: (np.abs(part.dy) @ _turned(np.abs(part.v))) * kept)
+    dp = _sum(a, u, features, part.dp, 4 * squares, lambda: (np.abs(part.dy) @ _turned(np.abs(part.v))) * kept)
     dp = dp + THIRD * (u.dprob**2 + (0 if part.kept is None else u.softmax**2)) * part.dp**2
     dp = dp + THIRD * 2 * u.op**2 * squares
     z = fwd.own + THIRD * (u.softmax**2 * 3 * (part.below + part.log_total) ** 2 + a.exp_error**2)
@@ -144,7 +149,8 @@ def backward(part, fwd, queries):
     if part.softcap is not None:
         bent = (2 * part.t) ** 2 * (fwd.score * (part.slope / part.softcap) ** 2 + a.tanh_error**2 * part.t**2)
         dx = dx + ds_only * (bent + 2 * u.softmax**2)
-    dx = dx + THIRD * (u.dscore**2 + u.op**2 + u.query**2) * dx2
+    made2 = dx2 + p2 * slope**2 * d  # the size of what is rounded, D being off
+    dx = dx + THIRD * (u.dscore**2 + u.op**2 + u.query**2) * made2
     if u.lost_dscore:
         dx = dx + u.lost_dscore**2 * part.alive
     once_more = fwd.lse + 3 * THIRD * u.softmax**2
@@ -158,7 +164,7 @@ def backward(part, fwd, queries):
         of_part = a.partial.u**2 * THIRD * times / 6
         dq = dq + a.partial.u**2 * THIRD * (times / 3 + 1) * part.dq**2 + times * a.partial.eta**2
     vanished = _vanished(part) * (1 + delta2.max(initial=0))
-    dq = dq + part.scale**2 * ((dx + (of_sum + of_part) * dx2) @ k2 + coefficient * d)
+    dq = dq + part.scale**2 * ((dx + (of_sum + of_part) * made2) @ k2 + coefficient * d)
     dq = dq + part.scale**2 * vanished * k2.sum(axis=-2, keepdims=True)
     if a.accumulator_truncates:
         dq = dq + (0.25 * u.acc * n * (part.dq + part.scale * np.sqrt(dx2 @ k2))) ** 2
@@ -166,7 +172,7 @@ def backward(part, fwd, queries):
     of_sum = u.acc**2 * THIRD * (m / 6 + 1)
     if a.partial is not None:
         of_sum = of_sum + a.partial.u**2 * THIRD * -(-queries // a.partial_queries) / 6
-    columns = dx + p2 * slope**2 * d + dx2 * (once_more + of_sum)
+    columns = dx + p2 * slope**2 * d + dx2 * once_more + made2 * of_sum
     dk = part.scale**2 * (_turned(columns) @ q2 + vanished * q2.sum(axis=-2, keepdims=True))
     weights = (part.p * kept) ** 2
     columns = (fwd.grown * kept) ** 2 * (z + fwd.common + fwd.lse + THIRD * (u.prob**2 + u.op**2))
@@ -177,6 +183,15 @@ def backward(part, fwd, queries):
     lost_dq = part.scale * gate * size_k.sum(axis=-2, keepdims=True)
     lost_dk = part.scale * gate * size_q.sum(axis=-2, keepdims=True)
     lost_dv = 4 * u.floor * size_dy.sum(axis=-2, keepdims=True)
+    if u.op:  # a key is rounded once for all queries; and truncation is to one side, as if the scale were smaller
+        shift = _shift(part)
+        dshift = shift * part.ds / np.where(part.p > 0, part.p, 1) - part.p * (shift * part.dp).sum(-1, keepdims=True)
+        dshift = dshift * slope
+        columns = u.op * (1.5 if a.operands_truncate else 1)
+        lost_dk = lost_dk + columns * np.abs(part.scale * (_turned(dshift + part.ds * slope) @ part.q))
+        lost_dv = lost_dv + columns * np.abs(_turned((shift + part.p) * kept) @ part.dy)
+        if a.operands_truncate:
+            lost_dq = lost_dq + u.op * (np.abs(part.scale * (dshift @ part.k)) + part.dq)
     if u.lost_prob > VISIBLE:
         lost_dv = lost_dv + _turned(gone * kept) @ size_dy
         if in_ds:
@@ -206,13 +221,19 @@ def _row_sum(part, fwd, a, u, p2, delta2, dp, lost, gone):
     squares = total(products * products)
     dy2 = part.dy * part.dy
     stored = half_ulp(part.y, a.saved_out or a.out)
-    of_y = total(dy2 * (fwd.sums + THIRD * stored * stored)) + _plain_sum(u, chain(a, part.v.shape[-1]), d2, squares)
+    of_y = total(dy2 * (fwd.sums + THIRD * stored * stored)) + _plain_sum(u, chain(a, part.v.shape[-1]), d2, 4 * squares)
     of_p = total(p2 * dp) + _plain_sum(u, chain(a, part.p.shape[-1]), d2, total(p2 * dp2))
     d = common + np.maximum(of_y, of_p) + THIRD * u.softmax**2 * d2
     if u.op:  # dy is rounded in dy v, not in dy y: what that does is common to the row
         d = d + (THIRD + (0.25 if a.operands_truncate else 0)) * u.op**2 * total(dy2 * part.y**2)
         d = d + (0.5 * u.op) ** 2 * d2 * a.operands_truncate
     return d
+
+
+def _shift(part):
+    """How p changes with the logarithm of the scale."""
+    x = part.x if part.slope is None else part.x * part.slope
+    return part.p * (x - (part.p * x).sum(axis=-1, keepdims=True))
 
 
 def _vanished(part):

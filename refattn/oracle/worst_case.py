@@ -85,11 +85,11 @@ def _scores(part, a, u, features):
     factors = (1 + u.softmax) ** 2 * (1 + u.score) ** a.score_roundings
     error = np.abs(part.q) @ np.abs(part.k).swapaxes(-1, -2)
     error *= part.scale * product * factors
-    error += (factors - 1) * part.x
+    error += (factors - 1) * np.abs(part.x)
     bias = max(u.softmax, u.score) if part.biased else 0.0
     cap = 0.0
     if part.cap_last and part.biased:
-        error = error * (1 + bias) + bias * (part.x + part.s)
+        error = error * (1 + bias) + bias * (np.abs(part.x) + part.s)
     if part.softcap is not None:
         slope = np.minimum(1, part.slope + 0.77 / part.softcap * error)  # sech^2 bends by at most 0.77
         cap = error * slope / part.softcap + a.tanh_error * part.t
