@@ -36,10 +36,10 @@ from refattn.oracle.arithmetic import FLOAT64, Arithmetic, round_to
 
 INF, NONE = math.inf, MappingProxyType({})
 CHUNK = 16  # products that a tensor core adds exactly before it rounds
-OPTIONS = {
-    "scale": None, "attn_mask": None, "is_causal": False, "q_offset": None, "window": None, "softcap": None,
-    "kv_seqlens": None, "dropout_keep": None, "dropout_p": 0.0,
-}  # fmt: skip
+ARGUMENTS = "q", "k", "v", "attn_bias", "sinks"
+OPTIONS = (
+    "scale", "attn_mask", "is_causal", "q_offset", "window", "softcap", "kv_seqlens", "dropout_keep", "dropout_p"
+)  # fmt: skip
 
 
 class Hooks(NamedTuple):
@@ -127,14 +127,11 @@ def kernel(arithmetic, algorithm="flash", hooks=None, *, queries=64, keys=64, or
     """
     planted = hooks or Hooks()
 
-    def start(phase, q, k, v, attn_bias, sinks, options):
+    def start(phase, arrays, options):
         hooks = planted if planted.only in (None, phase) else Hooks()
         promise = hooks.arithmetic(arithmetic)
         chosen = hooks.algorithm or algorithm
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise TypeError(f"{phase}: options are {sorted(unknown)}, expected some of {sorted(OPTIONS)}")
-        given = {"q": q, "k": k, "v": v, "attn_bias": attn_bias, "sinks": sinks} | OPTIONS | options
+        given = dict(zip(ARGUMENTS, arrays)) | dict.fromkeys(OPTIONS) | {"dropout_p": 0.0} | options
         given = hooks.given(given, keys)
         problem = _pose(given, hooks, np.float64 if arithmetic.inputs == FLOAT64 else np.float32)
         rows, size = queries, keys
@@ -147,17 +144,23 @@ def kernel(arithmetic, algorithm="flash", hooks=None, *, queries=64, keys=64, or
         key_tiles = _ordered(_tiles(problem.j, size), order)
         return run, query_tiles, hooks.key_tiles(key_tiles, size)
 
-    def forward(q, k, v, attn_bias=None, sinks=None, **options):
-        run, query_tiles, key_tiles = start("forward", q, k, v, attn_bias, sinks, options)
+    def forward(
+        q, k, v, attn_bias=None, sinks=None, *, scale=None, attn_mask=None, is_causal=False, q_offset=None,
+        window=None, softcap=None, kv_seqlens=None, dropout_keep=None, dropout_p=0.0,
+    ):  # fmt: skip
+        values = scale, attn_mask, is_causal, q_offset, window, softcap, kv_seqlens, dropout_keep, dropout_p
+        run, query_tiles, key_tiles = start("forward", (q, k, v, attn_bias, sinks), dict(zip(OPTIONS, values)))
         return _forward(run, query_tiles, key_tiles, splits)
 
-    def backward(dout, q, k, v, attn_bias, sinks, out, lse, **options):
-        run, query_tiles, key_tiles = start("backward", q, k, v, attn_bias, sinks, options)
+    def backward(dout, *arguments, **options):
+        """`arguments` are those of forward, as many as it had, then its two outputs."""
+        *arrays, out, lse = arguments
+        arrays += [None] * (5 - len(arrays))
+        run, query_tiles, key_tiles = start("backward", arrays, options)
         if not run.hooks.saves_lse:
-            lse = kernel(arithmetic, algorithm, queries=queries, keys=keys)[0](q, k, v, attn_bias, sinks, **options)[1]
-        shapes = [None if x is None else x.shape for x in (k, v, attn_bias)]
-        dq, dk, dv, dbias, dsinks = _backward(run, query_tiles, key_tiles, dout, out, lse, shapes)
-        return dq, dk, dv, dbias, dsinks
+            lse = kernel(arithmetic, algorithm, queries=queries, keys=keys)[0](*arrays, **options)[1]
+        shapes = [None if x is None else x.shape for x in arrays[1:4]]
+        return _backward(run, query_tiles, key_tiles, dout, out, lse, shapes)
 
     return forward, backward
 
@@ -176,15 +179,12 @@ def _ordered(tiles, order):
 
 
 def _pose(given, hooks, dtype):
-    q, k, v, bias, sinks = (
-        None if given[name] is None else np.asarray(given[name], dtype)
-        for name in ("q", "k", "v", "attn_bias", "sinks")
-    )
+    q, k, v, bias, sinks = (None if given[x] is None else np.asarray(given[x], dtype) for x in ARGUMENTS)
     (batch, heads, queries, features), keys = q.shape, k.shape[2]
     i, j = np.arange(queries), np.arange(keys)
     lengths = given["kv_seqlens"]
     lengths = None if lengths is None else np.reshape(lengths, (-1, 1, 1, 1))
-    offset = given["q_offset"] or 0
+    offset = 0 if given["q_offset"] is None else given["q_offset"]
     if isinstance(offset, str):
         ends = keys if lengths is None else lengths
         offset = 0 if offset == "top_left" else ends - queries

@@ -45,6 +45,16 @@ def _changed(**options):
     return lambda given, size: given | {name: change(given) for name, change in options.items()}
 
 
+def _aligned(names, change):
+    """Another q_offset where it is one of these."""
+
+    def offset(given):
+        named = given["q_offset"] is None or isinstance(given["q_offset"], str)
+        return change(given) if named and given["q_offset"] in names else given["q_offset"]
+
+    return _changed(q_offset=offset)
+
+
 def _where(name, change):
     """Another condition on which keys take part, where that one is in use; None: no condition."""
 
@@ -160,11 +170,11 @@ _structural, _precision, _range = (functools.partial(_fault, kind) for kind in K
 
 _structural(
     *("causal_top_left", "the diagonal starts at the top left", "causal_top_left"),
-    given=_changed(q_offset=lambda g: 0 if g["q_offset"] == "bottom_right" else g["q_offset"]),
+    given=_aligned(["bottom_right"], lambda g: 0),
 )
 _structural(
     *("causal_bottom_right", "the diagonal ends at the bottom right", "causal_bottom_right"),
-    given=_changed(q_offset=lambda g: "bottom_right" if g["q_offset"] in (None, "top_left") else g["q_offset"]),
+    given=_aligned([None, "top_left"], lambda g: "bottom_right"),
 )
 _structural("causal_ignored", "is_causal does nothing", "causal_ignored", conditions=_where("causal", None))
 _structural(
@@ -194,9 +204,7 @@ _structural(
 )
 _structural(
     *("causal_from_padded_keys", "bottom_right counts the padding of the keys"),
-    given=_changed(
-        q_offset=lambda g: g["k"].shape[2] - g["q"].shape[2] if g["q_offset"] == "bottom_right" else g["q_offset"]
-    ),
+    given=_aligned(["bottom_right"], lambda g: g["k"].shape[2] - g["q"].shape[2]),
 )
 _structural("causal_not_in_backward", "backward is not masked", only="backward", conditions=_where("causal", None))
 _structural(

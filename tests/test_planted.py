@@ -47,6 +47,7 @@ TRIALS = {
     "more queries": drawn(41, 17, is_causal=True, q_offset="bottom_right"),
     "window": drawn(bias=(1,), sinks=True, window=(5, 3), attn_mask=(2, 4, 37, 41)),
     "window at an offset": drawn(window=(9, None), q_offset=20, is_causal=True),
+    "an offset for each": drawn(q_offset=np.array([0, 3]), is_causal=True),
     "padded": drawn(kv_seqlens=np.array([30, 0])),
     "padded, bottom right": drawn(kv_seqlens=np.array([39, 41]), is_causal=True, q_offset="bottom_right"),
     "dropout": drawn(dropout_keep=(2, 1, 37, 41), dropout_p=0.3, scale=0.2, softcap=1.5, bias=(37, 41)),
