@@ -92,7 +92,7 @@ def _exponents(part, a, u, keys, features):
         common = THIRD * (u.op**2 + u.query**2) * squares
         if a.operands_truncate:
             common = common + (0.5 * u.op * part.x) ** 2
-    own = product + common  # of the rounded keys, and of the rounded query
+    own = product = product + common  # of the rounded keys, and of the rounded query
     bias = THIRD * max(u.softmax, u.score) ** 2 if part.biased else 0.0
     if part.biased and part.cap_last:
         own = own + bias * (np.abs(part.x) + part.s) ** 2
