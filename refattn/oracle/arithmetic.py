@@ -68,10 +68,8 @@ def round_to(x, form, *, truncate=False):
             return x.astype(form.name).astype(x.dtype)
         shift = form.precision - np.maximum(np.frexp(x)[1], form.least + 1)
         y = np.ldexp((np.trunc if truncate else np.rint)(np.ldexp(x, shift)), -shift)
-        y = np.where(np.isfinite(x), y, x)
-        return np.where(np.abs(y) > form.largest, np.copysign(form.largest if truncate else np.inf, y), y).astype(
-            x.dtype
-        )
+        y = np.where(np.abs(y) > form.largest, np.copysign(form.largest if truncate else np.inf, y), y)
+        return np.where(np.isfinite(x), y, x).astype(x.dtype)
 
 
 def half_ulp(x, form):

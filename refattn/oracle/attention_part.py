@@ -95,8 +95,11 @@ class Units(NamedTuple):
     prob: float
     dprob: float
     dscore: float
-    lost_prob: float  # the most by which a small p may be off
+    lost_prob: float  # the most by which a small p may be off; and so of the others
     lost_dscore: float
+    lost_dprob: float
+    lost_score: float
+    lost_query: float
     floor: float  # below it float32 and the accumulator lose digits
 
 
@@ -112,7 +115,7 @@ def units(a):
         unit(a.operands, a.operands_truncate),
         *map(unit, (a.scaled_query, a.scores, a.softmax, a.probs, a.dprobs, a.dscores)),
         a.softmax.tiny + lost(a.probs),
-        lost(a.dscores),
+        *map(lost, (a.dscores, a.dprobs, a.scores, a.scaled_query)),
         max(a.softmax.tiny, a.accumulator.tiny),
     )
 

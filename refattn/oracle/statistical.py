@@ -87,6 +87,8 @@ def _exponents(part, a, u, keys, features):
     squares = part.scale**2 * ((part.q * part.q) @ (part.k * part.k).swapaxes(-1, -2))
     product = _sum(a, u, features, part.x, 4 * squares, lambda: part.scale * (np.abs(part.q) @ _turned(np.abs(part.k))))
     product += THIRD * (2 * u.softmax**2 + a.score_roundings * u.score**2) * part.x**2
+    product += a.score_roundings * u.lost_score**2
+    product += u.lost_query**2 * (part.k * part.k).sum(axis=-1)[..., None, :]
     common = 0.0
     if u.op or u.query:
         common = THIRD * (u.op**2 + u.query**2) * squares
@@ -134,7 +136,7 @@ def backward(part, fwd, queries):
     squares = (dy2 @ _turned(v2)) * kept**2
     dp = _sum(a, u, features, part.dp, 4 * squares, lambda: (np.abs(part.dy) @ _turned(np.abs(part.v))) * kept)
     dp = dp + THIRD * (u.dprob**2 + (0 if part.kept is None else u.softmax**2)) * part.dp**2
-    dp = dp + THIRD * 2 * u.op**2 * squares
+    dp = dp + THIRD * 2 * u.op**2 * squares + u.lost_dprob**2
     z = fwd.own + THIRD * (u.softmax**2 * 3 * (part.below + part.log_total) ** 2 + a.exp_error**2)
     lost = np.minimum(part.p, u.lost_prob) if u.lost_prob > VISIBLE else 0.0
     gone = np.where(part.p < u.lost_prob, part.p, 0) if u.lost_prob > VISIBLE else 0.0
@@ -174,6 +176,7 @@ def backward(part, fwd, queries):
         of_sum = of_sum + a.partial.u**2 * THIRD * -(-queries // a.partial_queries) / 6
     columns = dx + p2 * slope**2 * d + dx2 * once_more + made2 * of_sum
     dk = part.scale**2 * (_turned(columns) @ q2 + vanished * q2.sum(axis=-2, keepdims=True))
+    dk = dk + u.lost_query**2 * dx2.sum(axis=-2)[..., None]
     weights = (part.p * kept) ** 2
     columns = (fwd.grown * kept) ** 2 * (z + fwd.common + fwd.lse + THIRD * (u.prob**2 + u.op**2))
     columns = columns + (lost * kept) ** 2 + of_sum * weights

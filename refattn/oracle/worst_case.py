@@ -85,7 +85,8 @@ def _scores(part, a, u, features):
     factors = (1 + u.softmax) ** 2 * (1 + u.score) ** a.score_roundings
     error = np.abs(part.q) @ np.abs(part.k).swapaxes(-1, -2)
     error *= part.scale * product * factors
-    error += (factors - 1) * np.abs(part.x)
+    error += (factors - 1) * np.abs(part.x) + a.score_roundings * u.lost_score
+    error += u.lost_query * np.abs(part.k).sum(axis=-1)[..., None, :]
     bias = max(u.softmax, u.score) if part.biased else 0.0
     cap = 0.0
     if part.cap_last and part.biased:
@@ -127,7 +128,7 @@ def backward(part, fwd, queries):
     if part.kept is not None:
         products *= part.kept
     dp = ((1 + u.op) ** 2 * (1 + (chain(a, features) + 1) * u.acc) - 1) * (1 + u.dprob) * (1 + u.softmax) * products
-    dp += (u.dprob + (0 if part.kept is None else u.softmax)) * part.dp
+    dp += (u.dprob + (0 if part.kept is None else u.softmax)) * part.dp + u.lost_dprob
 
     z = fwd.h + 3 * u.softmax * (part.below + part.log_total + fwd.score + lse) + 2 * a.exp_error + 2 * u.softmax
     z = np.minimum(z, MOST)
@@ -166,6 +167,7 @@ def backward(part, fwd, queries):
         dq = dq + times * (a.partial.u * (part.scale * dx @ size_k + dq) + a.partial.eta)
     columns = stored(ds_column, ds_column, along_queries)
     dk = part.scale * (columns.swapaxes(-1, -2) @ size_q + gate * size_q.sum(axis=-2, keepdims=True))
+    dk = dk + u.lost_query * (dx + columns).sum(axis=-2)[..., None]
     weights = p * ((1 + _expm1(z + lse)) * (1 + u.prob) * (1 + u.op) ** 2 - 1) + lost
     weights += ((along_queries + 2) * u.acc + 2 * u.softmax) * (p + weights)
     weights = weights if part.kept is None else weights * part.kept
