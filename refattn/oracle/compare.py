@@ -73,11 +73,12 @@ def worse(verdict):
     return SEVERITY.index(verdict.kind), bool(verdict.problem), verdict.ratio
 
 
-def compare(expected, got, bound, *, name="out", dtype=None, example="", along=None):
+def compare(expected, got, bound, *, name="out", dtype=None, example="", along=None, constants=0.0):
     """Compare element by element. NaN and inf pass only where the reference says the same.
 
     `bound` is a Bound, whose statistical part, if it has one, decides as well; or the worst case alone. With a `dtype`,
-    `got` must be an array of it. `along` is {words: array like expected}, directions in which known mistakes push.
+    `got` must be an array of it. `along` is {words: array like expected}, directions in which known mistakes push;
+    `constants` is how far, relatively, the rounding of constants (a scale, a factor of dropout) may push all of them.
     """
     expected, bound = np.asarray(expected), bound if isinstance(bound, Bound) else Bound(bound)
     problem = _unfit(expected, got, dtype)
@@ -99,7 +100,7 @@ def compare(expected, got, bound, *, name="out", dtype=None, example="", along=N
         beyond = bound.worst is not None and not (same | (error <= bound.worst)).all()
         kind = BUG if beyond or not np.isfinite(error[outside]).all() else LIKELY
     elif bound.sd is not None:
-        problem = _together(name, expected, got, bound.sd, along or {})
+        problem = _together(name, expected, got, bound.sd, along or {}, constants)
         kind = SUSPECT if problem else CONFORMS
     return Verdict(
         *(name, kind, problem, tuple(map(int, worst)), expected[worst].item(), got[worst].item()),
@@ -122,7 +123,7 @@ def _unfit(expected, got, dtype):
     return ""
 
 
-def _together(name, expected, got, sd, along):
+def _together(name, expected, got, sd, along, constants):
     """What is strange about all errors together, or nothing."""
     usable = np.isfinite(expected) & np.isfinite(got) & (sd > 0) & np.isfinite(sd)
     if usable.sum() < ENOUGH:
@@ -139,8 +140,8 @@ def _together(name, expected, got, sd, along):
         length = float(np.sum(c * c))
         if not length:
             continue
-        t = float(np.sum(r * c)) / math.sqrt(length)
-        if not abs(t) <= most:
-            by = float(np.sum(r * c)) / length
+        by = float(np.sum(r * c)) / length
+        t = by * math.sqrt(length)
+        if not (abs(t) <= most or abs(by) <= constants):
             return f"all elements are off together, {words.format(by)}: {abs(t):.3g} standard deviations"
     return ""

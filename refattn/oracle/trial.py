@@ -69,12 +69,12 @@ def try_call(judge, call, family="example", chance=False, seed=(0,)):
     canonical = as_dot_product(judge.mechanism, call)
     judged = _attention if canonical is not None else _by_noise
     due, along, outside = judged(judge, call, dout, result, grads, chance, seed)
-    verdicts = []
+    verdicts, constants = [], of_constants(judge.arithmetic)
     for name, expected, bound, got in due:
         if outside:
             verdicts.append(Verdict(name, OUTSIDE, outside, example=words))
             continue
-        about = {"dtype": _dtype(judge, name), "example": words, "along": along.get(name)}
+        about = {"dtype": _dtype(judge, name), "example": words, "along": along.get(name), "constants": constants}
         verdicts.append(compare(expected, got, bound, name=name, **about))
     changed = [name for name, value in given.items() if not _identical(before[name], value)]
     if changed:
@@ -82,6 +82,11 @@ def try_call(judge, call, family="example", chance=False, seed=(0,)):
         verdicts.append(Verdict("arguments", BUG, problem, example=words))
     expected, bounds, got = ({row[0]: row[i] for row in due} for i in (1, 2, 3))
     return Trial(call, family, dout, expected, bounds, got, tuple(verdicts), words, tuple(seed))
+
+
+def of_constants(arithmetic):
+    """How far the rounding of a few constants may push everything, relatively."""
+    return 4 * max(f.u for f in (arithmetic.softmax, arithmetic.scores, arithmetic.scaled_query) if f is not None)
 
 
 # --- what the candidate is given ------------------------------------------------------------------------------
