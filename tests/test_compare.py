@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refattn.oracle.compare import compare
+from refattn.oracle.compare import Bound, compare
 
 NAN, INF = np.nan, np.inf
 Y = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
@@ -111,3 +111,69 @@ def test_the_arrays_are_left_alone():
     got, allowed = off((0, 0), 1), np.full(Y.shape, 0.5)
     compare(Y, got, allowed)
     assert np.array_equal(got, off((0, 0), 1)) and (allowed == 0.5).all()
+
+
+# --- kinds ----------------------------------------------------------------------------------------------------
+
+LONG = np.random.default_rng(0).normal(size=(20, 30))
+
+
+def noisy(by=1.0, seed=1):
+    """Errors of one standard deviation, evenly spread, times `by`."""
+    return LONG + by * 1e-3 * np.random.default_rng(seed).uniform(-np.sqrt(3), np.sqrt(3), LONG.shape)
+
+
+WIDE = Bound(np.full(LONG.shape, 1.0), np.full(LONG.shape, 0.1), np.full(LONG.shape, 1e-3))
+
+
+def one_off(by):
+    y = noisy()
+    y[3, 4] = LONG[3, 4] + by
+    return y
+
+
+@pytest.mark.parametrize(
+    "got, kind",
+    [
+        (noisy(), "CONFORMS"),
+        (one_off(0.099), "SUSPECT"),  # one element of 99 standard deviations, and all are judged together
+        (one_off(0.5), "BUG p < 1e-6"),
+        (one_off(1.5), "BUG"),
+        (one_off(NAN), "BUG"),
+        (one_off(INF), "BUG"),
+        (noisy(1.5), "SUSPECT"),
+        (LONG * (1 + 1e-3) + (noisy() - LONG), "SUSPECT"),
+    ],
+)
+def test_kinds(got, kind):
+    verdict = compare(LONG, got, WIDE)
+    assert verdict.kind == kind and verdict.conforms is (kind == "CONFORMS"), str(verdict)
+
+
+def test_all_together_in_words():
+    verdict = compare(LONG, noisy(1.5), WIDE)
+    assert "mean square of the errors is 2." in verdict.problem
+    verdict = compare(LONG, 1.001 * noisy(), WIDE)
+    assert "off together, of size, by 0.001 of the value" in verdict.problem
+    direction = np.random.default_rng(5).normal(size=LONG.shape)
+    pushed = noisy() + 6e-4 * direction
+    assert compare(LONG, pushed, WIDE).conforms
+    verdict = compare(LONG, pushed, WIDE, along={"along the scale, by {:.2g} of it": direction})
+    assert verdict.kind == "SUSPECT" and "along the scale, by 0.0006 of it" in verdict.problem
+
+
+def test_what_constants_may_do_is_not_suspect():
+    pushed = LONG * (1 + 4e-4) + (noisy() - LONG)
+    assert compare(LONG, pushed, WIDE, constants=1e-3).conforms
+    assert compare(LONG, pushed, WIDE, constants=1e-4).kind == "SUSPECT"
+
+
+def test_a_few_elements_are_not_judged_together():
+    few = Bound(np.full((5, 5), 1.0), None, np.full((5, 5), 1e-6))
+    assert compare(LONG[:5, :5], LONG[:5, :5] + 0.5, few).conforms
+    many = Bound(np.full(LONG.shape, 1.0), None, np.full(LONG.shape, 1e-6))
+    assert compare(LONG, LONG + 0.5, many).kind == "SUSPECT"
+
+
+def test_right_errors_are_seldom_suspect():
+    assert all(compare(LONG, noisy(1.0, seed), WIDE).conforms for seed in range(300))

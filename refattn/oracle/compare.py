@@ -130,9 +130,6 @@ def _together(name, expected, got, sd, along, constants):
         return ""
     sd, value = sd[usable], expected[usable]
     r = (got[usable] - value) / sd
-    square, most = float(np.mean(r * r)), 1 + 8 * math.sqrt(2 / r.size)
-    if not square <= most:
-        return f"the mean square of the errors is {square:.3g} times what is predicted, at most {most:.3g} by chance"
     tests = {"of size, by {:.2g} of the value": (value, GAIN.get(name, GAIN_OF_GRADIENT))}
     tests |= {words: (direction[usable], ALONG) for words, direction in along.items()}
     for words, (direction, most) in tests.items():
@@ -144,4 +141,7 @@ def _together(name, expected, got, sd, along, constants):
         t = by * math.sqrt(length)
         if not (abs(t) <= most or abs(by) <= constants):
             return f"all elements are off together, {words.format(by)}: {abs(t):.3g} standard deviations"
+    square, most = float(np.mean(r * r)), 1 + 8 * math.sqrt(2 / r.size)
+    if not square <= most:
+        return f"the mean square of the errors is {square:.3g} times what is predicted, at most {most:.3g} by chance"
     return ""
