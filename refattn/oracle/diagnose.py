@@ -1,0 +1,605 @@
+"""Why a candidate fails: a named mistake, or another convention, that explains all that it gave.
+
+    explain(mechanism, trials, arithmetic)      (Explanation("d_missing", "backward does not subtract ..."), ...)
+
+An explanation predicts other arrays than the reference. It holds if every array that came back, in every trial, those
+that conform too, is within the bounds of its prediction; if what is wrong gets nearer to it; and if somewhere the
+prediction is outside the bounds of the reference, so that the two can be told apart. The simplest comes first.
+
+Bounds of a prediction: where it is what the reference answers to another call, those of that call. Else the
+reference's own, times how much larger the predicted array is than its: no theorem, but mistakes are rarely that small.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refattn.core import tree_map
+from refattn.draw import RandomDraw
+from refattn.oracle import contract, mistakes
+from refattn.oracle.bounds import attention_bounds, exact, reference
+from refattn.oracle.canonical import as_dot_product
+from refattn.oracle.compare import OUTSIDE, Bound
+from refattn.oracle.conventions import PRESETS
+from refattn.oracle.mistakes import MISTAKES, Case, Mistake, pulled_back
+from refattn.oracle.noise import noise_bounds_of_call
+from refattn.oracle.region import region
+
+__all__ = ["Explanation", "explain", "region"]
+
+MOST = 5  # explanations
+LOOSE = 64.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
+PAIRS = 2000  # at most, if no mistake explains alone
+PAIRED = 2**19  # scores times pairs that are worth a try
+DRAWS = 48  # examples, to see which values an option may have
+
+
+class Explanation(NamedTuple):
+    name: str
+    words: str
+
+
+class Judged(NamedTuple):
+    """A trial, as explanations see it; arrays of dot-product attention have the axes (B, H, ...)."""
+
+    case: Case
+    got: dict  # what came back and can be judged, {name: array}
+    allowed: dict  # {name: array}
+    outside: dict  # {name: where it is wrong}
+    tiers: tuple
+
+    @property
+    def fails(self):
+        return any(x.any() for x in self.outside.values())
+
+    @property
+    def size(self):
+        return sum(x.size for x in self.got.values())
+
+
+def explain(mechanism, trials, arithmetic):
+    """At most MOST Explanations, the simplest first; none if nothing fails, or nothing explains it."""
+    with np.errstate(all="ignore"):
+        judged = [j for j in (_judged(mechanism, t) for t in trials) if j.got]
+        judged = sorted(judged, key=lambda j: (not j.fails, j.size))
+        if not judged or not judged[0].fails:
+            return ()
+        found = _attention(judged, arithmetic) if judged[0].tiers else _options(mechanism, judged, arithmetic)
+        found += [] if len(found) >= MOST else _arrays(mechanism, judged)
+        if not found and judged[0].tiers:
+            found = _pairs(judged, arithmetic)
+    return tuple(found[:MOST])
+
+
+# --- trials ---------------------------------------------------------------------------------------------------
+
+
+def _judged(mechanism, trial):
+    canonical = as_dot_product(mechanism, trial.call)
+    passed = {v.name for v in trial.verdicts if v.kind == OUTSIDE}
+    got, allowed, outside = {}, {}, {}
+    call, dout, values, tiers = trial.call, trial.dout, trial.expected, ()
+    if canonical is not None:
+        call, (b, h, t, _) = canonical, canonical.args[0].shape
+        dout = None if dout is None else dout.reshape(b, h, t, dout.shape[-1])
+        values = reference(call, dout)
+        stat = all(bound.stat is not None for bound in trial.bounds.values())
+        tiers = ("worst", "stat")[: 1 + stat]
+    for name, x in trial.got.items():
+        bound = trial.bounds.get(name)
+        expected = trial.expected.get(name)
+        if name in passed or name not in values or bound is None or bound.least is None or not _fits(x, expected):
+            continue
+        shape = values[name].shape
+        got[name] = np.asarray(x).astype(np.float64).reshape(shape)
+        allowed[name] = np.broadcast_to(bound.least, expected.shape).reshape(shape)
+        outside[name] = ~_within(got[name], values[name], allowed[name])
+    return Judged(Case(call, dout, values), got, allowed, outside, tiers)
+
+
+def _fits(x, expected):
+    """Whether there is an array of the right shape to compare, whatever its dtype."""
+    return x is not None and expected is not None and np.shape(x) == expected.shape and expected.size > 0
+
+
+def _same(a, b):
+    return (a == b) | (np.isnan(a) & np.isnan(b))
+
+
+def _within(got, expected, allowed):
+    return _same(got, expected) | (np.abs(got - expected) <= allowed)
+
+
+def _size(x):
+    return np.abs(x[np.isfinite(x)]).max(initial=0)
+
+
+def _larger(prediction, value):
+    """How much larger a predicted array is than the reference's; at least 1."""
+    size = _size(value)
+    return max(1.0, _size(prediction) / size) if size else 1.0
+
+
+def _worth_a_look(got, prediction, value, allowed):
+    """Whether a prediction might be right."""
+    if not np.array_equal(np.isfinite(got), np.isfinite(prediction)) and not _same(got, prediction)[
+        ~(np.isfinite(got) & np.isfinite(prediction))
+    ].all():
+        return False
+    error = np.where(_same(got, prediction), 0, np.abs(got - prediction))
+    return bool(error.max(initial=0) <= LOOSE * _larger(prediction, value) * _size(allowed))
+
+
+def _nearer(judged, name, prediction):
+    """Whether what is wrong is much nearer to the prediction than to the reference."""
+    wrong = judged.outside[name]
+    got, value, ours = (x[wrong] for x in (judged.got[name], judged.case.values[name], prediction))
+    before, after = (np.where(_same(got, x), 0, np.abs(got - x)) for x in (value, ours))
+    return not wrong.any() or not np.isfinite(before).all() or after.sum() <= before.sum() / 2
+
+
+def _holds(judged, prediction, allowed):
+    """Whether all that came back is as predicted; `allowed(name)` is the bound of the prediction."""
+    names = [name for name in judged.got if prediction.get(name) is not judged.case.values[name]]
+    if any(judged.outside[name].any() for name in judged.got if name not in names):
+        return False
+    rows = [(n, judged.got[n], prediction[n], judged.case.values[n], judged.allowed[n]) for n in names]
+    if not all(_worth_a_look(*row[1:]) for row in rows):
+        return False
+    return all(_within(got, p, allowed(name)).all() and _nearer(judged, name, p) for name, got, p, *_ in rows)
+
+
+def _told_apart(judged, prediction):
+    """Whether the prediction is outside the bounds of the reference, in something that came back."""
+    return any(not _within(prediction[n], judged.case.values[n], judged.allowed[n]).all() for n in judged.got)
+
+
+def _survivors(hypotheses, judged, test):
+    """The hypotheses that hold in all trials, the one that fails and is smallest first, and can be told apart in one.
+
+    `test(hypothesis, judged)` is (holds, told apart).
+    """
+    apart = set()
+    for trial in judged:
+        left = []
+        for n, h in hypotheses:
+            holds, differs = test(h, trial)
+            if holds:
+                left.append((n, h))
+                apart |= {n} if differs else set()
+        hypotheses = left
+    return [h for n, h in hypotheses if n in apart]
+
+
+# --- dot-product attention ------------------------------------------------------------------------------------
+
+FORWARD, BACKWARD = ", in the forward pass only", ", in the backward pass only"
+PASSES = {  # which pass has the mistake: both; one of them; or both meet in the lse and the output that were saved
+    "both": "", "forward": FORWARD, "forward, saved": FORWARD, "backward": BACKWARD, "backward, saved": BACKWARD,
+}  # fmt: skip
+
+
+class Hypothesis(NamedTuple):
+    mistake: Mistake
+    parameter: tuple = ()  # empty, or of one
+    passes: str = "both"
+    second: Any = None  # another Hypothesis, of what the first one made
+
+    @property
+    def name(self):
+        return self.mistake.name if self.second is None else f"{self.mistake.name} and {self.second.name}"
+
+
+class Prediction(NamedTuple):
+    values: dict
+    call: Any = None  # the one to which this is what the reference answers, if there is one
+
+
+def _attention(judged, arithmetic):
+    passes = ["both"] if judged[0].case.dout is None else list(PASSES)
+    hypotheses = [
+        Hypothesis(m, parameter, p)
+        for m in (*MISTAKES, *_conventions())
+        for p in passes
+        for parameter in ([(x,) for x in m.parameters] or [()])
+    ]
+    return _named(_survivors(list(enumerate(hypotheses)), judged, _tester(arithmetic)))
+
+
+def _tester(arithmetic):
+    known = {}  # what a changed call gives, for all passes
+
+    def test(h, trial):
+        prediction = _predicted(h, trial, known)
+        if prediction is None:
+            return not trial.fails, False
+        fits = _holds(trial, prediction.values, _bounds_of(prediction, trial, arithmetic))
+        return fits, fits and _told_apart(trial, prediction.values)
+
+    return test
+
+
+def _named(hypotheses):
+    """Explanations: one for a name, of all its parameters; of its passes the first."""
+    groups = {}
+    for h in hypotheses:
+        groups.setdefault(h.name, []).append(h)
+    return [Explanation(name, _words(group)) for name, group in groups.items()]
+
+
+def _words(group):
+    first = group[0]
+    of = {_spelled(h.parameter[0]): None for h in group if h.parameter and h.passes == first.passes}
+    words = first.mistake.words.format(" or ".join(of)) + PASSES[first.passes]
+    return words if first.second is None else f"{words}; and {_words([first.second])}"
+
+
+def _spelled(parameter):
+    x = parameter[0] if isinstance(parameter, tuple) else parameter
+    return f"{x:.6g}" if isinstance(x, float) else str(x)
+
+
+def _conventions():
+    """Mistake rows: to answer as a framework does, those that do the same together."""
+    groups = {}
+    for name, preset in PRESETS.items():
+        groups.setdefault(exact(preset._replace(measured="")), []).append(name)
+    for convention, names in groups.items():
+        yield Mistake(names[0], f"answers as {_listed(names)} does", _with_preset(convention))
+
+
+def _with_preset(convention):
+    def change(call):
+        ours = exact(call.options.get("convention"))._replace(measured="")
+        return None if ours == convention else mistakes.with_options(call, convention=convention)
+
+    return change
+
+
+def _listed(words):
+    return ", ".join(words[:-1]) + (" or " if len(words) > 1 else "") + words[-1]
+
+
+# --- what a mistake predicts
+
+
+def _predicted(h, trial, known):
+    """A Prediction, or None where the mistake makes no difference."""
+    case, key = trial.case, (id(h.mistake), h.parameter, id(trial.case.values))
+    if h.second is not None:
+        return _predicted_twice(h, trial)
+    if key not in known:
+        known[key] = _made(h.mistake, h.parameter, case)
+    made = known[key]
+    if made is None:
+        return None
+    call, values, answered = made
+    if h.passes == "both":
+        return Prediction(values, None if answered else call)
+    return _in_one_pass(h, case, call, values)
+
+
+def _made(mistake, parameter, case):
+    """(call, arrays, whether they are more than what the reference answers to the call), or None."""
+    call = case.call if mistake.change is None else _attempt(mistake.change, case.call, *parameter)
+    if call is None:
+        return None
+    values = case.values if call is case.call else _fitted(case, reference(call, case.dout), call)
+    changed = None
+    if mistake.answer is not None:
+        changed = _attempt(mistake.answer, Case(call, case.dout, values), *parameter)
+        if changed is None:
+            return None
+        values = values | {name: x for name, x in changed.items() if name in values}
+    return call, values, bool(changed)
+
+
+def _attempt(function, *args):
+    """Some changes make no sense for some calls: the reference refuses them."""
+    try:
+        return function(*args)
+    except ValueError:
+        return None
+
+
+def _fitted(case, values, call):
+    """The arrays of another call, as far as this one has them."""
+    found = {}
+    for name, value in case.values.items():
+        x = values.get(name)
+        if x is None:  # an argument that is not there any more
+            x = np.zeros_like(value)
+        found[name] = mistakes.shrink(x, value.shape) if x.shape != value.shape else x
+    return found
+
+
+def _in_one_pass(h, case, call, values):
+    """The mistake is in forward or in backward alone, which starts from what forward saved, or for itself."""
+    forward = {name: values[name] for name in ("out", "lse")}
+    if case.dout is None or (h.mistake.change is None and h.passes != "forward, saved"):
+        return None
+    if h.passes.startswith("forward"):
+        if all(forward[name] is case.values[name] for name in forward):
+            return None
+        grads = case.values
+        if h.passes == "forward, saved":
+            grads = pulled_back(case.call, case.dout, forward["out"], forward["lse"])
+        return Prediction(_fitted(case, grads | forward, call))
+    grads = values
+    if h.passes == "backward, saved":
+        grads = pulled_back(call, case.dout, case.values["out"], case.values["lse"])
+    grads = {name: x for name, x in grads.items() if name in case.values}
+    return Prediction(_fitted(case, case.values | grads, call) | {n: case.values[n] for n in ("out", "lse")})
+
+
+def _bounds_of(prediction, trial, arithmetic):
+    """A function from a name to the bound of what is predicted there."""
+    found = {}
+
+    def allowed(name):
+        value, p = trial.case.values[name], prediction.values[name]
+        if prediction.call is not None:
+            if not found:
+                found.update(attention_bounds(prediction.call, trial.case.dout, arithmetic, trial.tiers))
+            if name in found and found[name].least.shape == value.shape:
+                return found[name].least
+        base = trial.allowed[name]
+        base = np.where((base == 0) & (p != 0), _size(base), base)  # where the reference is exact
+        return base * _larger(p, value)
+
+    return allowed
+
+
+# --- two mistakes at once
+
+
+def _pairs(judged, arithmetic):
+    """Of mistakes that make a difference in the smallest trial: a changed call, and what is made of it."""
+    smallest = judged[0]
+    single, known = [], {}
+    for m in MISTAKES:
+        for parameter in [(x,) for x in m.parameters] or [()]:
+            h = Hypothesis(m, parameter)
+            prediction = _predicted(h, smallest, known)
+            if prediction is not None and _told_apart(smallest, prediction.values):
+                single.append(h)
+    b, heads, queries, _ = smallest.case.call.args[0].shape
+    scores = b * heads * queries * smallest.case.call.args[1].shape[2]
+    changes = [h for h in single if h.mistake.change is not None and h.mistake.answer is None]
+    pairs = [h._replace(second=other) for h in changes for other in single if other.mistake is not h.mistake]
+    pairs += [
+        h._replace(second=other)
+        for n, h in enumerate(single)
+        for other in single[n + 1 :]
+        if h.mistake.change is None and other.mistake.change is None and other.mistake is not h.mistake
+    ]
+    if len(pairs) > PAIRS:
+        pairs = pairs[:PAIRS]
+    if len(pairs) * scores > PAIRED * 64:
+        return []
+    test = _tester(arithmetic)
+    found = _named(_survivors(list(enumerate(pairs)), judged, test))
+    distinct = {}
+    for e in found:
+        distinct.setdefault(frozenset(e.name.split(" and ")), e)
+    return list(distinct.values())
+
+
+def _predicted_twice(h, trial):
+    """The second mistake, of the call and the arrays that the first one leaves."""
+    case = trial.case
+    made = _made(h.mistake, h.parameter, case)
+    if made is None:
+        return None
+    call, values, _ = made
+    again = _made(h.second.mistake, h.second.parameter, Case(call, case.dout, values))
+    if again is None:
+        return None
+    last, values, answered = again
+    return Prediction(_fitted(case, values, last), None if answered else last)
+
+
+# --- any mechanism: its options, and simple changes of its arrays ----------------------------------------------
+
+
+def _options(mechanism, judged, arithmetic):
+    """Each option at another of the values that the mechanism's own example draws."""
+    hypotheses = [(name, value) for name, values in _drawn(mechanism).items() for value in values]
+
+    def test(h, trial):
+        name, value = h
+        call = trial.case.call
+        asked = call.options.get(name)
+        if not _plain(asked) or asked == value:
+            return not trial.fails, False
+        other = call._replace(options=call.options | {name: value})
+        found = _attempt(_everything, mechanism, other, trial.case.dout)
+        if found is None or any(found[0].get(n, np.empty(0)).shape != x.shape for n, x in trial.got.items()):
+            return False, False
+        values, trees = found
+
+        def allowed(name):
+            if "bounds" not in trees:
+                bounds = noise_bounds_of_call(mechanism, other, trial.case.dout, trees["expected"], arithmetic)
+                trees["bounds"] = dict(_flat(*bounds, mechanism))
+            return trees["bounds"][name].least
+
+        holds = _holds(trial, values, allowed)
+        return holds, holds and _told_apart(trial, values)
+
+    found = _survivors(list(enumerate(hypotheses)), judged, test)
+    return [
+        Explanation(f"{name}={value!r}", f"answers as with {name}={value!r}, whatever is asked for")
+        for name, value in found
+    ]
+
+
+def _drawn(mechanism):
+    """{option: its plain values, the most frequent first}."""
+    seen = {}
+    for seed in range(DRAWS):
+        for name, value in mechanism.example(RandomDraw(seed)).options.items():
+            if _plain(value):
+                counts = seen.setdefault(name, {})
+                counts[value] = counts.get(value, 0) + 1
+    return {name: sorted(counts, key=counts.get, reverse=True) for name, counts in seen.items() if len(counts) > 1}
+
+
+def _plain(value):
+    if isinstance(value, tuple):
+        return not hasattr(value, "_fields") and all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _everything(mechanism, call, dout):
+    """({name: array}, {"expected": (out, gradients)}) of a call."""
+    out, saved = mechanism.forward(*call.args, **call.options)
+    grads = None if dout is None else tuple(mechanism.backward(dout, saved))
+    return dict(_flat(out, grads, mechanism)), {"expected": (out, grads)}
+
+
+def _flat(out, grads, mechanism):
+    """Yield (name, leaf) as a Trial names them; a Bound is a leaf."""
+    yield from _leaves(out, "" if _is_tree(out) else "out")
+    for name, grad in zip(contract.parameter_names(mechanism), grads or ()):
+        yield from _leaves(grad, f"d{name}")
+
+
+def _is_tree(x):
+    return isinstance(x, tuple) and getattr(x, "_fields", None) != Bound._fields
+
+
+def _leaves(tree, path):
+    if _is_tree(tree):
+        for i, name in enumerate(getattr(tree, "_fields", range(len(tree)))):
+            yield from _leaves(tree[i], f"{path}.{name}" if path else str(name))
+    elif tree is not None:
+        yield path, tree
+
+
+# --- simple changes of what came back
+
+
+def _arrays(mechanism, judged):
+    """One Explanation, if every array that is wrong is a simple change of what it should be."""
+    wrong = dict.fromkeys(name for j in judged for name, x in j.outside.items() if x.any())
+    stories = {}
+    for name in wrong:
+        for words, change in _changes(mechanism, judged, name):
+            if _explains(name, change, judged):
+                stories.setdefault(words, []).append(name)
+                break
+        else:
+            return []
+    words = "; ".join(f"{', '.join(names)} {w[0] if len(names) == 1 else w[1]}" for w, names in stories.items())
+    code = " and ".join(f"{', '.join(names)} {w[2]}" for w, names in stories.items())
+    return [Explanation(code, words)]
+
+
+def _explains(name, change, judged):
+    apart = False
+    for trial in judged:
+        if name not in trial.got:
+            continue
+        got, value, allowed = trial.got[name], trial.case.values[name], trial.allowed[name]
+        prediction, base = change(trial)
+        if prediction is None or prediction.shape != value.shape:
+            return False
+        base = np.where((base == 0) & (prediction != 0), _size(base), base) * _larger(prediction, value)
+        if not _within(got, prediction, base).all() or not _nearer(trial, name, prediction):
+            return False
+        apart |= not _within(prediction, value, allowed).all()
+    return apart
+
+
+def _changes(mechanism, judged, name):
+    """Yield ((words for one array, for several, a short name), a function from a trial to the other array)."""
+
+    def times(factor):
+        def change(trial):
+            return trial.case.values[name] * factor(trial), trial.allowed[name]
+
+        return change
+
+    for words, code, c in (("zero", "zero", 0), ("the negative of what", "negated", -1), ("twice what", "doubled", 2),
+                           ("half of what", "halved", 0.5)):  # fmt: skip
+        due = "" if c == 0 else " it should be"
+        yield (f"is {words}{due}", f"are {words}{due.replace('it', 'they')}", code), times(lambda t, c=c: c)
+    for axis in range(max(x.ndim for x in judged[0].case.values.values())):
+        for code, power in (("divided", -1.0), ("multiplied", 1.0)):
+            words = f"{code} by the length of axis {axis} of the output" + (": averaged" if power < 0 else "")
+            yield (f"is {words}", f"are {words}", "averaged" if power < 0 else "summed"), times(
+                lambda t, axis=axis, power=power: _length(t, axis) ** power
+            )
+    words = "divided by the number of elements of the output: averaged"
+    yield (f"is {words}", f"are {words}", "averaged"), times(lambda t: 1 / _first(t).size)
+    for other in judged[0].case.values:
+        if other != name:
+            yield (f"is what {other} should be", f"are what {other} should be", f"is {other}"), _exchanged(other)
+    for what, move in _MOVES.items():
+        for axis in range(judged[0].case.values[name].ndim):
+            words = what.format(axis)
+            yield (f"is {words}", f"are {words}", words), _moved(name, move, axis)
+    if name.startswith("d") and judged[0].case.dout is not None:
+        for which, place in (("first", 0), ("last", -1)):
+            words = f"that of the {which} item alone, not summed"
+            yield (f"is {words}", f"are {words}", f"of the {which} item"), _of_item(mechanism, name, place)
+    c = _fitted_factor(judged[0], name)
+    yield (f"is {c:.6g} times what it should be", f"are {c:.6g} times what they should be", "scaled"), times(lambda t: c)
+
+
+def _first(trial):
+    return next(iter(trial.case.values.values()))
+
+
+def _length(trial, axis):
+    shape = _first(trial).shape
+    return float(max(1, shape[axis])) if axis < len(shape) else 1.0
+
+
+def _fitted_factor(trial, name):
+    got, value = trial.got.get(name), trial.case.values[name]
+    if got is None:
+        return 1.0
+    usable = np.isfinite(got) & np.isfinite(value)
+    square = np.sum(value[usable] ** 2)
+    return float(np.sum(got[usable] * value[usable]) / square) if square else 1.0
+
+
+def _exchanged(other):
+    def change(trial):
+        return trial.case.values.get(other), trial.allowed.get(other, np.zeros(1))
+
+    return change
+
+
+def _moved(name, move, axis):
+    def change(trial):
+        return move(trial.case.values[name], axis), move(trial.allowed[name], axis)
+
+    return change
+
+
+_MOVES = {
+    "transposed: axes {} and the next are swapped": lambda x, axis: x.swapaxes(axis, min(axis + 1, x.ndim - 1)),
+    "reversed along axis {}": np.flip,
+    "shifted by one along axis {}": lambda x, axis: np.roll(x, 1, axis),
+    "shifted back by one along axis {}": lambda x, axis: np.roll(x, -1, axis),
+}
+
+
+def _of_item(mechanism, name, place):
+    """The gradient that one item of the batch gives."""
+
+    def change(trial):
+        case = trial.case
+
+        def only(x):
+            kept = np.zeros_like(x)
+            kept[place] = x[place]
+            return kept
+
+        found = _attempt(_everything, mechanism, case.call, tree_map(only, case.dout))
+        return (None if found is None else found[0].get(name)), trial.allowed[name]
+
+    return change
