@@ -154,12 +154,12 @@ def test_all_together_in_words():
     verdict = compare(LONG, noisy(1.5), WIDE)
     assert "mean square of the errors is 2." in verdict.problem
     verdict = compare(LONG, 1.001 * noisy(), WIDE)
-    assert "off together, of size, by 0.001 of the value" in verdict.problem
+    assert "off together, of size, by 0.00098 of the value" in verdict.problem
     direction = np.random.default_rng(5).normal(size=LONG.shape)
     pushed = noisy() + 6e-4 * direction
     assert compare(LONG, pushed, WIDE).conforms
     verdict = compare(LONG, pushed, WIDE, along={"along the scale, by {:.2g} of it": direction})
-    assert verdict.kind == "SUSPECT" and "along the scale, by 0.0006 of it" in verdict.problem
+    assert verdict.kind == "SUSPECT" and "along the scale, by 0.00056 of it" in verdict.problem
 
 
 def test_what_constants_may_do_is_not_suspect():
