@@ -74,7 +74,7 @@ def round_to(x, form, *, truncate=False):
 
 def half_ulp(x, form):
     """Half the distance from |x| to the next number of a format: the most that rounding x to it can be off."""
-    exponent = np.maximum(np.frexp(x)[1] - 1, form.least)
+    exponent = np.where(x == 0, form.least, np.maximum(np.frexp(x)[1] - 1, form.least))
     return np.ldexp(np.asarray(1.0, np.asarray(x).dtype), exponent - form.precision)
 
 
