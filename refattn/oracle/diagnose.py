@@ -3,11 +3,12 @@
     explain(mechanism, trials, arithmetic)      (Explanation("d_missing", "backward does not subtract ..."), ...)
 
 An explanation predicts other arrays than the reference. It holds if every array that came back, in every trial, those
-that conform too, is within the bounds of its prediction; if what is wrong gets nearer to it; and if somewhere the
-prediction is outside the bounds of the reference, so that the two can be told apart. The simplest comes first.
+that conform too, is within the bounds of its prediction; and if somewhere the prediction is outside the bounds of the
+reference, so that the two can be told apart. The simplest comes first.
 
-Bounds of a prediction: where it is what the reference answers to another call, those of that call. Else the
-reference's own, times how much larger the predicted array is than its: no theorem, but mistakes are rarely that small.
+Bounds of a prediction: where it is what the reference answers to another call, those of that call. Else the largest of
+the reference's own for that array, times how much larger the predicted array is: no theorem, but mistakes are rarely
+that small.
 """
 
 from typing import Any, NamedTuple
@@ -126,14 +127,6 @@ def _worth_a_look(got, prediction, value, allowed):
     return bool(error.max() <= LOOSE * _larger(prediction, value) * _size(allowed))
 
 
-def _nearer(judged, name, prediction):
-    """Whether what is wrong is much nearer to the prediction than to the reference."""
-    wrong = judged.outside[name]
-    got, value, ours = (x[wrong] for x in (judged.got[name], judged.case.values[name], prediction))
-    before, after = (np.where(_same(got, x), 0, np.abs(got - x)) for x in (value, ours))
-    return not wrong.any() or not np.isfinite(before).all() or after.sum() <= before.sum() / 2
-
-
 def _holds(judged, prediction, allowed):
     """Whether all that came back is as predicted; `allowed(name)` is the bound of the prediction."""
     names = [name for name in judged.got if prediction.get(name) is not judged.case.values[name]]
@@ -142,7 +135,7 @@ def _holds(judged, prediction, allowed):
     rows = [(n, judged.got[n], prediction[n], judged.case.values[n], judged.allowed[n]) for n in names]
     if not all(_worth_a_look(*row[1:]) for row in rows):
         return False
-    return all(_within(got, p, allowed(name)).all() and _nearer(judged, name, p) for name, got, p, *_ in rows)
+    return all(_within(got, p, allowed(name)).all() for name, got, p, *_ in rows)
 
 
 def _told_apart(judged, prediction):
@@ -280,14 +273,13 @@ def _made(mistake, parameter, case):
     call = case.call if mistake.change is None else _attempt(mistake.change, case.call, *parameter)
     if call is None:
         return None
-    values = case.values if call is case.call else _fitted(case, reference(call, case.dout), call)
+    values = case.values if call is case.call else reference(call, case.dout)
     changed = None
     if mistake.answer is not None:
         changed = _attempt(mistake.answer, Case(call, case.dout, values), *parameter)
         if changed is None:
             return None
-        values = values | {name: x for name, x in changed.items() if name in values}
-    return call, values, bool(changed)
+    return call, _fitted(case, values | (changed or {})), bool(changed)
 
 
 def _attempt(function, *args):
@@ -298,13 +290,15 @@ def _attempt(function, *args):
         return None
 
 
-def _fitted(case, values, call):
+def _fitted(case, values):
     """The arrays of another call, as far as this one has them."""
     found = {}
     for name, value in case.values.items():
         x = values.get(name)
         if x is None:  # an argument that is not there any more
             x = np.zeros_like(value)
+        if x.shape != value.shape and name in ("dk", "dv"):  # of each query head
+            x = mistakes.from_heads(x, value.shape[1], mistakes.rules_of(case.call).convention.gqa_order)
         found[name] = mistakes.shrink(x, value.shape) if x.shape != value.shape else x
     return found
 
@@ -320,12 +314,14 @@ def _in_one_pass(h, case, call, values):
         grads = case.values
         if h.passes == "forward, saved":
             grads = pulled_back(case.call, case.dout, forward["out"], forward["lse"])
-        return Prediction(_fitted(case, grads | forward, call))
-    grads = values
-    if h.passes == "backward, saved":
-        grads = pulled_back(call, case.dout, case.values["out"], case.values["lse"])
-    grads = {name: x for name, x in grads.items() if name in case.values}
-    return Prediction(_fitted(case, case.values | grads, call) | {n: case.values[n] for n in ("out", "lse")})
+        return Prediction(_fitted(case, grads | forward))
+    right = {name: case.values[name] for name in ("out", "lse")}
+    if h.passes == "backward":
+        return Prediction(values | right)
+    grads = pulled_back(call, case.dout, *right.values()) | right
+    if h.mistake.answer is not None:
+        grads |= _attempt(h.mistake.answer, Case(call, case.dout, grads), *h.parameter) or {}
+    return Prediction(_fitted(case, grads | right))
 
 
 def _bounds_of(prediction, trial, arithmetic):
@@ -339,9 +335,7 @@ def _bounds_of(prediction, trial, arithmetic):
                 found.update(attention_bounds(prediction.call, trial.case.dout, arithmetic, trial.tiers))
             if name in found and found[name].least.shape == value.shape:
                 return found[name].least
-        base = trial.allowed[name]
-        base = np.where((base == 0) & (p != 0), _size(base), base)  # where the reference is exact
-        return base * _larger(p, value)
+        return _size(trial.allowed[name]) * _larger(p, value)
 
     return allowed
 
@@ -392,7 +386,7 @@ def _predicted_twice(h, trial):
     if again is None:
         return None
     last, values, answered = again
-    return Prediction(_fitted(case, values, last), None if answered else last)
+    return Prediction(_fitted(case, values), None if answered else last)
 
 
 # --- any mechanism: its options, and simple changes of its arrays ----------------------------------------------
@@ -501,8 +495,8 @@ def _explains(name, change, judged):
         prediction, base = change(trial)
         if prediction is None or prediction.shape != value.shape:
             return False
-        base = np.where((base == 0) & (prediction != 0), _size(base), base) * _larger(prediction, value)
-        if not _within(got, prediction, base).all() or not _nearer(trial, name, prediction):
+        base = _size(base) * _larger(prediction, value)
+        if not _within(got, prediction, base).all():
             return False
         apart |= not _within(prediction, value, allowed).all()
     return apart

@@ -31,7 +31,7 @@ from refattn.oracle.bounds import exact, reference
 
 INF = math.inf
 TILES = 16, 32, 64, 128
-MASK_VALUES = -20.0, -50.0, -100.0, -1e3, -1e4, -3e4, -65504.0, -1e9, float(np.finfo(np.float32).min)
+MASK_VALUES = -20.0, -50.0, -100.0, -1e3, -1e4, -3e4, -65504.0, -1e9, -1e30, float(np.finfo(np.float32).min)
 
 
 class Case(NamedTuple):
@@ -159,8 +159,9 @@ def _causal_top_left(call):
 
 
 def _causal_bottom_right(call, also_numbers):
-    asked = call.options.get("q_offset")
-    if not rules_of(call).is_causal or not (also_numbers or asked is None or isinstance(asked, str)):
+    asked, rules = call.options.get("q_offset"), rules_of(call)
+    placed = rules.is_causal or rules.left < INF or rules.right < INF
+    if not placed or not (also_numbers or asked is None or isinstance(asked, str)):
         return None
     return with_options(call, q_offset="bottom_right")
 
@@ -320,19 +321,20 @@ def _first_tile_twice(call, tile):
     return with_arguments(call, attn_bias=twice[None] if bias is None else bias + twice)
 
 
-def _padding(call, tile):
-    """Keys of zeros up to the tile are one sink more, of the logarithm of how many there are."""
-    keys, rules = call.args[1].shape[2], rules_of(call)
-    if not keys % tile or rules.is_causal or rules.right < INF:
+def _padding(call, how):
+    """Keys of zeros up to the tile are one sink more, of the logarithm of how many there are; masks may hide them."""
+    (tile, where_masked), keys, rules = how, call.args[1].shape[2], rules_of(call)
+    masked = seen_by(call, rules) is not None
+    if not keys % tile or rules.is_causal or rules.right < INF or (masked and not where_masked):
         return None
     more = np.full(call.args[0].shape[1], math.log(tile - keys % tile))
     sinks = arguments(call)[4]
     return with_arguments(call, sinks=more if sinks is None else np.logaddexp(sinks, more))
 
 
-def _padding_answer(case, tile):
+def _padding_answer(case, how):
     """The sinks' own part of the gradient of both."""
-    keys, sinks = case.call.args[1].shape[2], arguments(case.call)[4]
+    tile, keys, sinks = how[0], case.call.args[1].shape[2], arguments(case.call)[4]
     if "dsinks" not in case.values:
         return {}
     return {"dsinks": case.values["dsinks"] * (1 - np.exp(math.log(tile - keys % tile) - sinks))}
@@ -377,7 +379,7 @@ def _base_answer(case, factor):
 def _softcap_after(place):
     def change(call):
         rules = rules_of(call)
-        used = arguments(call)[3] is not None if place == "bias" else seen_by(call, rules) is not None
+        used = arguments(call)[3] is not None or (place == "mask" and seen_by(call, rules) is not None)
         if rules.softcap is None or not used or rules.convention.softcap_after == place:
             return None
         return with_convention(call, softcap_after=place)
@@ -566,8 +568,11 @@ def _first_item(*names):
 
 
 def _rolled_heads(name):
-    def change(call):
-        x = call.args["qkv".index(name)]
+    """The next shared head, or the shared head of the next query head."""
+
+    def change(call, of_query):
+        x, heads = call.args["qkv".index(name)], call.args[0].shape[1]
+        x = for_heads(x, heads, rules_of(call).convention.gqa_order) if of_query else x
         return None if x.shape[1] == 1 else with_arguments(call, **{name: np.roll(x, -1, axis=1)})
 
     return change
@@ -659,6 +664,10 @@ def _sinks(change):
     return changed
 
 
+def _sinks_ignored(call):
+    return None if arguments(call)[4] is None else with_arguments(call, sinks=None)
+
+
 def _sink_counted(call, times):
     return _sinks(lambda s: s + math.log(times))(call)
 
@@ -689,9 +698,12 @@ def _dropout_scaled_by_p(call):
     return with_options(call, dropout_p=1 - p) if p and p != 0.5 else None
 
 
-def _dropout_as_mask(call):
+def _dropout_as_mask(call, scaled):
+    """What is dropped does not count; what is kept is divided by 1 - p, or not."""
     keep = call.options.get("dropout_keep")
-    return None if keep is None else with_condition(call, keep, dropout_keep=None, dropout_p=0.0)
+    if keep is None:
+        return None
+    return with_condition(call, keep, **({} if scaled else {"dropout_keep": None, "dropout_p": 0.0}))
 
 
 def _dropout_in_backward(case, where):
@@ -851,6 +863,16 @@ def _with_d(change):
     return answer
 
 
+def _d_of_next(case, tile):
+    """Around the end of all queries, or of a tile of them."""
+
+    def rolled(d):
+        pieces = np.split(d, range(tile or d.shape[2], d.shape[2], tile or d.shape[2]), axis=2)
+        return np.concatenate([np.roll(piece, -1, axis=2) for piece in pieces], axis=2)
+
+    return _with_d(rolled)(case, True)
+
+
 def _not_bent(case):
     if case.dout is None or rules_of(case.call).softcap is None:
         return None
@@ -995,8 +1017,8 @@ MISTAKES = (
     Mistake("keys_of_first_item", "all items use the keys of the first", _first_item("k")),
     Mistake("values_of_first_item", "all items use the values of the first", _first_item("v")),
     Mistake("keys_and_values_of_first_item", "all items use the keys and values of the first", _first_item("k", "v")),
-    Mistake("keys_of_next_head", "each head uses the keys of the next", _rolled_heads("k")),
-    Mistake("values_of_next_head", "each head uses the values of the next", _rolled_heads("v")),
+    Mistake("keys_of_next_head", "each head uses the keys of the next", _rolled_heads("k"), None, (False, True)),
+    Mistake("values_of_next_head", "each head uses the values of the next", _rolled_heads("v"), None, (False, True)),
     Mistake("keys_as_values", "the keys are used as values", _one_for_other("v", "k")),
     Mistake("values_as_keys", "the values are used as keys", _one_for_other("k", "v")),
     Mistake("keys_as_queries", "the keys are used as queries", _one_for_other("q", "k")),
@@ -1010,7 +1032,7 @@ MISTAKES = (
     Mistake("layout_mistaken", "(B, H, T, D) is read as (B, T, H, D)", lambda c, w: _layout_of_inputs(c),
             _layout_of_gradients, (False, True)),
     # sinks, dropout
-    Mistake("sink_ignored", "the sinks are ignored", _sinks(lambda s: np.full_like(s, -INF))),
+    Mistake("sink_ignored", "the sinks are ignored", _sinks_ignored),
     Mistake("sink_is_zero", "the sinks are zero, whatever they are", _sinks(np.zeros_like)),
     Mistake("sink_subtracted", "the sinks have the opposite sign", _sinks(np.negative)),
     Mistake("sink_of_first_head", "all heads have the sink of the first", _sinks(lambda s: first_of(s, -1))),
@@ -1021,7 +1043,8 @@ MISTAKES = (
     Mistake("dropout_scale_missing", "dropout does not divide by 1 - p", _dropout_unscaled),
     Mistake("dropout_scaled_by_p", "dropout divides by p, not 1 - p", _dropout_scaled_by_p),
     Mistake("dropout_inverted", "dropout keeps what it should drop", _keep(np.logical_not)),
-    Mistake("dropout_as_mask", "what is dropped does not count in the softmax", _dropout_as_mask),
+    Mistake("dropout_as_mask", "what is dropped does not count in the softmax", _dropout_as_mask,
+            parameters=(False, True)),
     Mistake("dropout_of_first_item", "dropout of the first item is used for all", _keep(lambda m: first_of(m, -4))),
     Mistake("dropout_of_first_head", "dropout of the first head is used for all", _keep(lambda m: first_of(m, -3))),
     Mistake("dropout_scale_missing_in_backward", "backward does not divide by 1 - p", None, _dropout_in_backward,
@@ -1044,7 +1067,7 @@ MISTAKES = (
     Mistake("d_missing", "backward does not subtract D = sum dout out", None, _with_d(np.zeros_like), (True, False)),
     Mistake("d_added", "backward adds D = sum dout out", None, _with_d(np.negative), (True, False)),
     Mistake("d_of_next_row", "backward subtracts D of the next query", None,
-            _with_d(lambda d: np.roll(d, -1, axis=2)), (True, False)),
+            _d_of_next, (None, *TILES)),
     Mistake("d_of_first_head", "backward subtracts D of the first head", None,
             _with_d(lambda d: np.broadcast_to(d[:, :1], d.shape)), (True, False)),
     Mistake("dk_scale_missing", "dk misses the scale", None, _gradients("dk", by=lambda s: 1 / s)),
@@ -1065,7 +1088,7 @@ MISTAKES = (
     Mistake("last_tile_dropped", "the last, partial tile of {} keys is left out", _last_tile_dropped, None, TILES),
     Mistake("first_tile_twice", "the first tile of {} keys counts twice", _first_tile_twice, None, TILES),
     Mistake("padding_as_zero_scores", "a partial tile of {} keys is filled with scores of zero, which count", _padding,
-            _padding_answer, (8, *TILES, 256)),
+            _padding_answer, tuple((t, m) for t in (8, *TILES, 256) for m in (False, True))),
     Mistake("accumulator_not_rescaled", "the running output is not rescaled where the maximum moves (tiles of {})",
             None, _not_rescaled("out"), tuple((t, b) for t in TILES for b in (False, True))),
     Mistake("total_not_rescaled", "the running sum is not rescaled where the maximum moves (tiles of {})",
