@@ -13,7 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import refattn
-from refattn import frameworks, report, trials
+from refattn import frameworks, html, report, trials
+from refattn.oracle.arithmetic import OF_DTYPE
 from refattn.oracle.check import check
 from refattn.registry import everything, find
 from refattn.shapes import spelled
@@ -72,8 +73,13 @@ def _parser():
     yours.add_argument("--like", metavar="NAME", help="the mechanism it should be like")
     yours.add_argument("--backward", metavar="FILE.py:FUNCTION", help="its gradients")
     yours.add_argument("--framework", help="whose arrays it takes; NumPy's unless given")
-    yours.add_argument("--dtype", choices=("float64", "float32", "float16"), help="float32 unless given")
+    yours.add_argument("--dtype", choices=OF_DTYPE, help="of its arrays; what --arithmetic says, else float32")
+    yours.add_argument("--arithmetic", metavar="NAME", help="where it rounds: bf16_flash, ...; else as frameworks do")
+    yours.add_argument("--convention", metavar="NAME", help="whose answers it gives where frameworks differ")
+    yours.add_argument("--families", metavar="A,B", help="of inputs; all unless given")
     yours.add_argument("--forward-only", action="store_true", help="judge no gradients")
+    yours.add_argument("--html", type=Path, metavar="FILE", help="write a page with maps of the errors")
+    yours.add_argument("--script", type=Path, metavar="FILE", help="write a script that reproduces what fails")
     checking.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
     checking.add_argument("--examples", type=_at_least(1), metavar="N", help="how many calls each is tried on")
     checking.add_argument("--jobs", type=_at_least(1), metavar="N", help="processes; as many as there are CPUs")
@@ -136,24 +142,35 @@ def _find(name, *, others=()):
 # --- check ---------------------------------------------------------------------------------------------------
 
 
+OF_A_FILE = (
+    "like", "backward", "framework", "dtype", "arithmetic", "convention", "families", "forward_only", "html", "script",
+)  # fmt: skip
+
+
 def check_command(arguments):
-    if arguments.json and not (arguments.json.parent.is_dir() and os.access(arguments.json.parent, os.W_OK)):
-        raise BadUse(f"--json: cannot write to {arguments.json.parent}")
-    if arguments.json and arguments.json.is_dir():
-        raise BadUse(f"--json: {arguments.json} is a folder")
+    for option in ("json", "html", "script"):
+        path = getattr(arguments, option)
+        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise BadUse(f"--{option}: cannot write to {path.parent}")
+        if path and path.is_dir():
+            raise BadUse(f"--{option}: {path} is a folder")
     files = [what for what in arguments.what if ":" in what or what.endswith(".py") or os.sep in what]
     content = _check_file(arguments) if files else _check_known(arguments)
     content = {"refattn": refattn.__version__, "seed": arguments.seed} | content
     if arguments.json:
-        try:
-            report.write_json(arguments.json, content)
-        except OSError as error:
-            raise BadUse(f"--json: {error}") from None
+        _write("json", report.write_json, arguments.json, content)
     return 0 if content["ok"] else 1
 
 
+def _write(option, write, path, content):
+    try:
+        write(path, content)
+    except OSError as error:
+        raise BadUse(f"--{option}: {error}") from None
+
+
 def _check_known(arguments):
-    for option in ("like", "backward", "framework", "dtype", "forward_only"):
+    for option in OF_A_FILE:
         if getattr(arguments, option):
             raise BadUse(f"--{option.replace('_', '-')} needs FILE.py:FUNCTION")
     known = frameworks.names()
@@ -197,7 +214,7 @@ def _print_outcomes(outcomes, wanted, status):
         report.table("Example kernels", columns, [o.row for o in kernels])
     for outcome in outcomes:
         if not outcome.ok or (isinstance(outcome.task, trials.Kernel) and outcome.task.has_bug):
-            print(f"{outcome.text}\n")
+            report.say(f"{outcome.text}\n")
     wrong = [o for o in outcomes if not o.ok]
     print(f"{len(wrong)} of {len(outcomes)} differ." if wrong else f"All {len(outcomes)} as they should be.")
     return {
@@ -215,24 +232,47 @@ def _check_file(arguments):
     if arguments.like is None:
         raise BadUse(f"{arguments.what[0]} needs --like NAME")
     like = _find(arguments.like)
-    candidate = _load(arguments.what[0])
-    backward = _load(arguments.backward) if arguments.backward else None
+    candidate, spec = _load(arguments.what[0]), _spec(arguments.what[0])
+    backward = None
+    if arguments.backward:
+        backward, spec = _load(arguments.backward), spec + _spec(arguments.backward)
+    examples = arguments.examples or KERNEL_EXAMPLES
     try:
-        result = check(
-            candidate,
-            like,
-            framework=arguments.framework,
-            dtype=arguments.dtype or "float32",
-            gradients=not arguments.forward_only,
-            backward=backward,
-            max_examples=arguments.examples or KERNEL_EXAMPLES,
-            seed=arguments.seed,
-            name=arguments.what[0],
-        )
+        if arguments.html:
+            html.drawing()  # now, not when all is done
+        with report.progress(examples) as done:
+            result = check(
+                candidate,
+                like,
+                framework=arguments.framework,
+                convention=arguments.convention,
+                arithmetic=arguments.arithmetic,
+                dtype=arguments.dtype,
+                gradients=not arguments.forward_only,
+                backward=backward,
+                families=arguments.families and arguments.families.split(","),
+                max_examples=examples,
+                seed=arguments.seed,
+                name=arguments.what[0],
+                spec=spec,
+                progress=lambda count: done("examples"),
+            )
     except (ValueError, ImportError) as error:
         raise BadUse(error) from None
-    print(result)
+    report.say(str(result))
+    if arguments.html:
+        _write("html", report.write_text, arguments.html, result.to_html())
+    if arguments.script and result.smallest is None:
+        print(f"nothing fails: {arguments.script} is not written")
+    elif arguments.script:
+        _write("script", report.write_text, arguments.script, result.script())
     return result.as_dict()
+
+
+def _spec(text):
+    """(file, function) of FILE.py:FUNCTION, for a script that may run anywhere."""
+    file, _, name = text.rpartition(":")
+    return str(Path(file).resolve()), name
 
 
 def _load(spec):

@@ -54,7 +54,7 @@ dt { color: var(--soft); } dd { margin: 0; }
 
 def page(report):
     """The page of a report."""
-    draw = _drawing()  # before all else: without matplotlib there is no page
+    draw = drawing()  # before all else: without matplotlib there is no page
     word, tone = _headline(report)
     promise = report.dtype if report.arithmetic == report.dtype else f"{report.dtype}, arithmetic {report.arithmetic}"
     promise += f", convention {report.convention}" if report.convention else ""
@@ -193,8 +193,8 @@ def _figure(name, ratio, draw):
     )
 
 
-def _drawing():
-    """The function draw(name, maps, paper, ink), which makes a PNG."""
+def drawing():
+    """The function draw(name, maps, paper, ink) that makes a PNG; an ImportError without matplotlib."""
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure

@@ -1,14 +1,23 @@
-"""How results reach a person or a file: tables and progress, by rich where it is installed, else plainly; JSON."""
+"""How results reach a person or a file: tables, verdicts and progress, by rich where it is installed; files."""
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
-STYLES = {"ok": "green", "FAILS": "bold red", "DIFFERS": "bold red", "NOT FOUND": "bold red", "found": "green"}
+STYLES = {
+    "ok": "green", "conforms": "green", "found, as it should be": "green",
+    "FAILS": "bold red", "DIFFERS": "bold red", "NOT FOUND": "bold red", "BUG": "bold red", "BUG p < 1e-6": "bold red",
+    "NOT JUDGED": "bold yellow", "SUSPECT": "bold yellow", "OUTSIDE THE MODEL": "bold yellow",
+}  # fmt: skip
+KINDS = "|".join(sorted(map(re.escape, STYLES), key=len, reverse=True))
+VERDICT = re.compile(rf"^  ({KINDS})(?= )|: ({KINDS})(?= \(\d+ examples)", re.M)  # as str(report) has them
+INDENT = 10  # of what did not fit into a line
 
 
 def _rich():
@@ -17,6 +26,7 @@ def _rich():
         import rich.console
         import rich.progress
         import rich.table
+        import rich.text
     except ImportError:
         return None
     return rich
@@ -38,6 +48,33 @@ def table(title, columns, rows):
     with console.capture() as captured:  # rich ends the program if nobody reads; print leaves that to us
         console.print(shown)
     print(captured.get(), end="")
+
+
+def say(text):
+    """Print lines. On a terminal the long ones are folded, and verdicts are coloured, by rich where it is installed."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    width = max(shutil.get_terminal_size((140, 24)).columns, 40)
+    text = "\n".join(folded for line in text.splitlines() for folded in _fold(line, width))
+    rich = _rich()
+    if rich is None:
+        print(text)
+        return
+    shown = rich.text.Text(text)
+    for found in VERDICT.finditer(text):
+        word = found[1] or found[2]
+        shown.stylize(STYLES[word], found.end() - len(word), found.end())
+    console = rich.console.Console(file=sys.stdout, width=width)
+    with console.capture() as captured:
+        console.print(shown, soft_wrap=True)
+    print(captured.get(), end="")
+
+
+def _fold(line, width):
+    indent = len(line) - len(line.lstrip())
+    more = " " * min(max(indent, INDENT), width // 2)
+    return textwrap.wrap(line, width, subsequent_indent=more, break_on_hyphens=False) or [""]
 
 
 def plain_table(title, columns, rows):
@@ -75,13 +112,17 @@ class _Plain:
 
 
 def write_json(path, content):
+    """Write it as JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path, text):
     """Write it whole or not at all: nobody finds half a file."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+            file.write(text)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

@@ -14,8 +14,7 @@ import pytest
 import refattn
 from refattn import report, trials
 from refattn.__main__ import main
-from refattn.examples import blocked_attention
-from refattn.oracle import noise
+from refattn.examples import blocked_attention, blocked_attention_with_a_bug
 from refattn.registry import everything
 
 
@@ -23,6 +22,12 @@ from refattn.registry import everything
 def plain_text(monkeypatch):
     """As without rich: a table that does not depend on a terminal."""
     monkeypatch.setitem(sys.modules, "rich", None)
+
+
+def with_rich(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    pytest.importorskip("rich", reason="rich is not installed: pip install 'refattn[cli]'")
 
 
 @pytest.fixture
@@ -94,6 +99,8 @@ def files(tmp_path, monkeypatch):
             LIST = [1]
             def f(x, params):
                 return multiply(x, params.weight) + (0 if params.bias is None else params.bias)
+            def attend(q, k, v):
+                return v
             def wrong(x, params):
                 return 1.01 * multiply(x, params.weight)
             def takes_more(x, params, y):
@@ -147,6 +154,18 @@ def files(tmp_path, monkeypatch):
         ("check linear --like softmax", "--like needs FILE.py:FUNCTION"),
         ("check linear --dtype float32", "--dtype needs FILE.py:FUNCTION"),
         ("check linear --forward-only", "--forward-only needs FILE.py:FUNCTION"),
+        ("check linear --arithmetic float32", "--arithmetic needs FILE.py:FUNCTION"),
+        ("check linear --convention jax", "--convention needs FILE.py:FUNCTION"),
+        ("check linear --families gaussian", "--families needs FILE.py:FUNCTION"),
+        ("check linear --html out.html", "--html needs FILE.py:FUNCTION"),
+        ("check linear --script out.py", "--script needs FILE.py:FUNCTION"),
+        ("check good.py:f --like linear --html nowhere/out.html", "--html: cannot write to nowhere"),
+        ("check good.py:f --like linear --script folder", "--script: folder is a folder"),
+        ("check good.py:f --like linear --arithmetic bf16", "arithmetic is 'bf16', expected one of float64, "),
+        ("check good.py:f --like linear --arithmetic bf16_flash --dtype float16", "expected one that holds bfloat16"),
+        ("check good.py:attend --like dot_product_attention --convention pytorch", "expected one of torch_sdpa, "),
+        ("check good.py:f --like linear --convention jax", "convention is 'jax', expected none"),
+        ("check good.py:f --like linear --families gausian", "families has 'gausian', expected some of"),
         ("check linear --json nowhere/out.json", "cannot write to nowhere"),
         ("check linear --json folder", "folder is a folder"),
         ("check good.py:f", "needs --like NAME"),
@@ -156,7 +175,7 @@ def files(tmp_path, monkeypatch):
         ("check good.py: --like linear", "expected FILE.py:FUNCTION"),
         ("check bad.py:f --like linear", "bad.py: no such file"),
         ("check folder:f --like linear", "folder: no such file"),
-        ("check good.py:g --like linear", "good.py has no function g; it has multiply, f, wrong, takes_more, backward"),
+        ("check good.py:g --like linear", "no function g; it has multiply, f, attend, wrong, takes_more, backward"),
         ("check good.py:LIST --like linear", "has no function LIST"),
         ("check text.txt:f --like linear", "text.txt: not a Python file"),
         ("check empty.py:f --like linear", "empty.py has no function f; it has none"),
@@ -205,8 +224,67 @@ def test_a_file_that_differs(refattn_cli, files):
     content = json.loads((files / "out.json").read_text())
     assert content["ok"] is False and content["seed"] == 3 and content["refattn"] == refattn.__version__
     verdict = content["verdicts"]["out"]
-    assert not verdict["conforms"] and verdict["ratio"] > 1 and len(verdict["index"]) >= 2
+    assert verdict["kind"].startswith("BUG") and verdict["ratio"] > 1 and len(verdict["index"]) >= 2
     assert sorted(path.name for path in files.iterdir() if path.name.startswith(".")) == []  # nothing half-written
+
+
+def test_a_page_and_a_script(refattn_cli, files):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'refattn[plot]'")
+    command = ("check", "good.py:wrong", "--like", "linear", "--examples", 4, "--dtype", "float64")
+    status, out, err = refattn_cli(*command, "--html", "out.html", "--script", "out.py", "--json", "out.json")
+    assert (status, err) == (1, "") and "DIFFERS" in out
+    assert (files / "out.html").read_text().startswith("<!doctype html>")
+    assert json.loads((files / "out.json").read_text())["spec"] == [str(files / "good.py"), "wrong"]
+    ended = subprocess.run([sys.executable, "out.py"], cwd=files, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "AssertionError" in ended.stderr and "expected" in ended.stdout
+    fixed = (files / "out.py").read_text().replace("module.wrong", "module.f")
+    ended = subprocess.run([sys.executable, "-"], input=fixed, cwd="/", capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_script_of_a_gradient(refattn_cli, files):
+    (files / "gradient.py").write_text(
+        "from good import f\nfrom good import backward as right\n"
+        "def backward(*arguments):\n    dx, dparams = right(*arguments)\n    return 2 * dx, dparams\n"
+    )
+    command = ("check", "gradient.py:f", "--like", "linear", "--backward", "gradient.py:backward", "--examples", 4)
+    status, out, _ = refattn_cli(*command, "--script", "out.py")
+    assert status == 1 and "BUG" in out
+    ended = subprocess.run([sys.executable, files / "out.py"], cwd="/", capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stdout.startswith("dx["), ended.stderr
+
+
+def test_nothing_fails_no_script(refattn_cli, files):
+    command = ("check", "good.py:f", "--like", "linear", "--examples", 2, "--script", "out.py")
+    status, out, _ = refattn_cli(*command)
+    assert status == 0 and "nothing fails: out.py is not written" in out and not (files / "out.py").exists()
+
+
+def test_a_page_without_matplotlib(refattn_cli, files, monkeypatch):
+    """It is said before anything is tried."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    status, out, err = refattn_cli("check", "good.py:f", "--like", "linear", "--html", "out.html")
+    assert status == 2 and out == "" and "pip install 'refattn[plot]'" in err and not (files / "out.html").exists()
+
+
+def test_arithmetic_convention_and_families(refattn_cli, files):
+    (files / "kernel.py").write_text(
+        "import numpy as np\n"
+        "def attend(q, k, v):\n"
+        "    s = (q.astype(float) @ k.astype(float).swapaxes(-1, -2)) / np.sqrt(q.shape[-1])\n"
+        "    p = np.exp(s - s.max(axis=-1, keepdims=True))\n"
+        "    return (p / p.sum(axis=-1, keepdims=True) @ v.astype(float)).astype(q.dtype)\n"
+    )
+    command = ("check", "kernel.py:attend", "--like", "dot_product_attention", "--examples", 4, "--json", "out.json")
+    more = ("--arithmetic", "f16_upcast", "--convention", "torch_sdpa", "--families", "gaussian")
+    status, out, _ = refattn_cli(*command, *more)
+    assert "numpy float16, arithmetic f16_upcast, convention torch_sdpa: conforms" in out and status == 0, out
+    content = json.loads((files / "out.json").read_text())
+    assert content["families"] == {"gaussian": 4} and content["convention"] == "torch_sdpa"
+    status, out, _ = refattn_cli(*command, "--arithmetic", "f16_upcast", "--dtype", "float32")
+    assert "numpy float32, arithmetic f16_upcast" in out and content["arithmetic"] == "f16_upcast", out
 
 
 # --- check: mechanisms and frameworks ------------------------------------------------------------------------
@@ -300,7 +378,7 @@ def test_everything(refattn_cli, little, tmp_path):
 
 
 def test_a_bug_that_is_not_found_is_a_failure(refattn_cli, little, monkeypatch):
-    monkeypatch.setattr(noise, "FACTOR", 1e12)
+    monkeypatch.setattr(blocked_attention_with_a_bug, "forward", blocked_attention.forward)
     status, out, _ = refattn_cli("check", "--jobs", 1, "--examples", 2)
     assert status == 1 and "NOT FOUND" in out and "1 of 4 differ." in out
 
@@ -407,6 +485,32 @@ def test_json_that_cannot_be_replaced(refattn_cli, tmp_path, monkeypatch):
     assert status == 2 and "--json: the disk is full" in err and list(tmp_path.iterdir()) == []
 
 
+def test_verdicts_on_a_terminal(capsys, monkeypatch):
+    """Folded to its width, with their indent kept; in a pipe a line stays a line."""
+    text = "f like g: DIFFERS (3 examples)\n  BUG  out  " + 30 * "word " + "\n  ok   lse  fine"
+    report.say(text)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    report.say(text)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60 and lines[1].startswith("  BUG  out  word")
+    assert {line[:11] for line in lines[2:-1]} == {10 * " " + "w"} and lines[-1] == "  ok   lse  fine"
+
+
+def test_verdicts_in_colour(capsys, monkeypatch):
+    with_rich(monkeypatch)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for name, value in {"COLUMNS": "60", "TERM": "xterm-256color", "FORCE_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    report.say("BUG like ok: DIFFERS (3 examples)\n  BUG p < 1e-6 out  a BUG\n  ok   [bold]  " + 20 * "word ")
+    out = capsys.readouterr().out
+    red, green = "\x1b[1;31m", "\x1b[32m"
+    assert f"BUG like ok: {red}DIFFERS\x1b[0m (3" in out and f"  {red}BUG p < 1e-6\x1b[0m out  a BUG\n" in out
+    assert out.count(red) == 2 and f"  {green}ok\x1b[0m   [bold]" in out and out.count("\x1b[") == 6
+
+
 def test_progress_is_for_terminals(capsys, monkeypatch):
     with report.progress(2) as done:
         done("one")
@@ -420,8 +524,7 @@ def test_progress_is_for_terminals(capsys, monkeypatch):
 
 
 def test_tables_and_progress_by_rich(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "rich")
-    pytest.importorskip("rich", reason="rich is not installed: pip install 'refattn[cli]'")
+    with_rich(monkeypatch)
     report.table("Title", ("name", "verdict"), [("linear", "ok"), ("[bold]conv[/bold]", "FAILS")])
     out = capsys.readouterr().out
     assert "Title" in out and "linear" in out and "[bold]conv[/bold]" in out and "FAILS" in out

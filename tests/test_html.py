@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refattn.core import Call
-from refattn.html import CELLS, MAPS, STYLE, THEMES, _around_the_worst, _drawing, page, ratios
+from refattn.html import CELLS, MAPS, STYLE, THEMES, _around_the_worst, drawing, page, ratios
 from refattn.oracle.check import Report
 from refattn.oracle.compare import Bound, Verdict
 from refattn.oracle.diagnose import Explanation
@@ -173,7 +173,7 @@ def test_what_is_outside_is_hatched_and_the_worst_is_named(matplotlib, monkeypat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for theme in THEMES.values():
-            _drawing()("out", [((0, 1), ratio), ((1, 0), ratio / 10)], *theme)
+            drawing()("out", [((0, 1), ratio), ((1, 0), ratio / 10)], *theme)
     axes, fine, bar = figures[0].axes
     hatched = [c for c in axes.collections if c.get_hatch()]
     assert len(hatched) == 2 and [c.get_array().count() for c in hatched] == [1, 1]
