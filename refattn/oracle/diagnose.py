@@ -30,8 +30,7 @@ __all__ = ["Explanation", "explain", "region"]
 
 MOST = 5  # explanations
 LOOSE = 64.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
-PAIRS = 2000  # at most, if no mistake explains alone
-PAIRED = 2**19  # scores times pairs that are worth a try
+PAIRS = 100  # of mistakes, at most, whose output is worth a second look
 DRAWS = 48  # examples, to see which values an option may have
 
 
@@ -65,10 +64,11 @@ def explain(mechanism, trials, arithmetic):
         judged = sorted(judged, key=lambda j: (not j.fails, j.size))
         if not judged or not judged[0].fails:
             return ()
-        found = _attention(judged, arithmetic) if judged[0].tiers else _options(mechanism, judged, arithmetic)
+        known, attention = {}, bool(judged[0].tiers)
+        found = _attention(judged, arithmetic, known) if attention else _options(mechanism, judged, arithmetic)
         found += [] if len(found) >= MOST else _arrays(mechanism, judged)
-        if not found and judged[0].tiers:
-            found = _pairs(judged, arithmetic)
+        if not found and attention:
+            found = _pairs(judged, arithmetic, known)
     return tuple(found[:MOST])
 
 
@@ -184,19 +184,19 @@ class Prediction(NamedTuple):
     call: Any = None  # the one to which this is what the reference answers, if there is one
 
 
-def _attention(judged, arithmetic):
+def _attention(judged, arithmetic, known):
     passes = ["both"] if judged[0].case.dout is None else list(PASSES)
     hypotheses = [
         Hypothesis(m, parameter, p)
-        for m in (*MISTAKES, *_conventions())
+        for m in (*MISTAKES, *CONVENTIONS)
         for p in passes
         for parameter in ([(x,) for x in m.parameters] or [()])
     ]
-    return _named(_survivors(list(enumerate(hypotheses)), judged, _tester(arithmetic)))
+    return _named(_survivors(list(enumerate(hypotheses)), judged, _tester(arithmetic, known)))
 
 
-def _tester(arithmetic):
-    known = {}  # what a changed call gives, for all passes
+def _tester(arithmetic, known):
+    """`known` remembers what a changed call gives, for all passes."""
 
     def test(h, trial):
         prediction = _predicted(h, trial, known)
@@ -219,7 +219,7 @@ def _named(hypotheses):
 def _words(group):
     first = group[0]
     of = {_spelled(h.parameter[0]): None for h in group if h.parameter and h.passes == first.passes}
-    words = first.mistake.words.format(" or ".join(of)) + PASSES[first.passes]
+    words = first.mistake.words.format(_listed(list(of) or [""])) + PASSES[first.passes]
     return words if first.second is None else f"{words}; and {_words([first.second])}"
 
 
@@ -249,12 +249,15 @@ def _listed(words):
     return ", ".join(words[:-1]) + (" or " if len(words) > 1 else "") + words[-1]
 
 
+CONVENTIONS = tuple(_conventions())
+
+
 # --- what a mistake predicts
 
 
 def _predicted(h, trial, known):
     """A Prediction, or None where the mistake makes no difference."""
-    case, key = trial.case, (id(h.mistake), h.parameter, id(trial.case.values))
+    case, key = trial.case, (h.mistake.name, h.parameter, id(trial.case.values))
     if h.second is not None:
         return _predicted_twice(h, trial)
     if key not in known:
@@ -343,36 +346,55 @@ def _bounds_of(prediction, trial, arithmetic):
 # --- two mistakes at once
 
 
-def _pairs(judged, arithmetic):
-    """Of mistakes that make a difference in the smallest trial: a changed call, and what is made of it."""
+def _pairs(judged, arithmetic, known):
+    """Of mistakes that make a difference in the smallest trial, each pair once: a changed call first, then the rest."""
     smallest = judged[0]
-    single, known = [], {}
-    for m in MISTAKES:
-        for parameter in [(x,) for x in m.parameters] or [()]:
-            h = Hypothesis(m, parameter)
-            prediction = _predicted(h, smallest, known)
-            if prediction is not None and _told_apart(smallest, prediction.values):
-                single.append(h)
-    b, heads, queries, _ = smallest.case.call.args[0].shape
-    scores = b * heads * queries * smallest.case.call.args[1].shape[2]
-    changes = [h for h in single if h.mistake.change is not None and h.mistake.answer is None]
-    pairs = [h._replace(second=other) for h in changes for other in single if other.mistake is not h.mistake]
-    pairs += [
-        h._replace(second=other)
-        for n, h in enumerate(single)
-        for other in single[n + 1 :]
-        if h.mistake.change is None and other.mistake.change is None and other.mistake is not h.mistake
-    ]
-    if len(pairs) > PAIRS:
-        pairs = pairs[:PAIRS]
-    if len(pairs) * scores > PAIRED * 64:
-        return []
-    test = _tester(arithmetic)
-    found = _named(_survivors(list(enumerate(pairs)), judged, test))
-    distinct = {}
-    for e in found:
-        distinct.setdefault(frozenset(e.name.split(" and ")), e)
-    return list(distinct.values())
+    singles = list(_different(smallest, known))
+    changes = [h for h in singles if h.mistake.change is not None]
+    answers = [h for h in singles if h.mistake.change is None]
+    forward_is_wrong = any(smallest.outside[name].any() for name in ("out", "lse") if name in smallest.outside)
+    pairs = []
+    if forward_is_wrong:
+        first = [h for h in changes if h.mistake.answer is None]
+        pairs += [h._replace(second=other) for n, h in enumerate(changes) for other in changes[n + 1 :] if h in first]
+        pairs += [h._replace(second=other) for h in first for other in answers]
+    pairs += [h._replace(second=other) for n, h in enumerate(answers) for other in answers[n + 1 :]]
+    pairs = [h for h in pairs if h.mistake is not h.second.mistake and _worth_both_looks(h, smallest)][:PAIRS]
+    return _named(_survivors(list(enumerate(pairs)), judged, _tester(arithmetic, known)))
+
+
+def _different(trial, known):
+    """Hypotheses of both passes that can be told apart in a trial from the reference, and from one another."""
+    seen = set()
+    for mistake in MISTAKES:
+        for parameter in [(x,) for x in mistake.parameters] or [()]:
+            h = Hypothesis(mistake, parameter)
+            prediction = _predicted(h, trial, known)
+            if prediction is None or not _told_apart(trial, prediction.values):
+                continue
+            key = b"".join(np.round(prediction.values[name], 12).tobytes() for name in trial.got)
+            if key not in seen:
+                seen.add(key)
+                yield h
+
+
+def _worth_both_looks(h, trial):
+    """Whether a pair gives an output that might be right."""
+    case = trial.case
+    if h.second.mistake.change is None and h.mistake.change is None:
+        return True
+    call = h.mistake.change(case.call, *h.parameter)
+    if h.second.mistake.change is not None:
+        call = _attempt(h.second.mistake.change, call, *h.second.parameter)
+        if call is None:
+            return False
+    changed = h.second.mistake.answer is not None
+    values = {} if changed else reference(call)
+    return all(
+        _worth_a_look(trial.got[name], values[name], case.values[name], trial.allowed[name])
+        for name in values
+        if name in trial.got
+    )
 
 
 def _predicted_twice(h, trial):

@@ -786,7 +786,7 @@ def _tiled(case, how):
     tile, backwards = how
     s = steps(case.call)
     keys = s.logits.shape[-1]
-    if keys <= tile:
+    if not keys:
         return None
     starts = range(0, keys, tile)
     tops = np.maximum.reduceat(s.logits, list(starts), axis=-1)
@@ -795,14 +795,16 @@ def _tiled(case, how):
     running = np.maximum.accumulate(np.concatenate([first, tops], axis=-1), axis=-1)
     running, before = running[..., 1:], running[..., :-1]
     last = running[..., -1:]
-    running, before = (x[..., ::-1] if backwards else x for x in (running, before))
+    if backwards:
+        running, before = running[..., ::-1], before[..., ::-1]
     of_key = np.arange(keys) // tile
     so_far, earlier = running[..., of_key], before[..., of_key]
     safe = np.where(np.isneginf(so_far), 0, so_far)
     e = np.exp(s.logits - safe)
     end = np.where(np.isneginf(last), 0, last)
     sink = 0 if s.sinks is None else np.exp(s.sinks[:, None, None] - end)
-    return s, e, np.exp(s.logits - end), np.exp(earlier - safe), end, sink
+    previous = before[..., :1] if backwards else before[..., -1:]
+    return s, e, np.exp(s.logits - end), np.exp(earlier - safe), end, sink, previous
 
 
 def _not_rescaled(what):
@@ -810,7 +812,10 @@ def _not_rescaled(what):
         found = _tiled(case, how)
         if found is None:
             return None
-        s, e, right, moved, end, sink = found
+        s, e, right, moved, end, sink, previous = found
+        if what == "lse":
+            lse = case.values["lse"]
+            return {"lse": np.where(np.isneginf(lse), -INF, lse + (previous - end)[..., 0])}
         total = right.sum(axis=-1, keepdims=True) + sink
         if what in ("total", "both"):
             total = e.sum(axis=-1, keepdims=True) + (0 if s.sinks is None else 1)
@@ -827,7 +832,7 @@ def _not_rescaled(what):
 
 
 @np.errstate(all="ignore")
-def pulled_back(call, dout, out, lse, *, change_d=None, bent=True, in_dp=None, in_dv=None):
+def pulled_back(call, dout, out, lse, *, change_d=None, bent=True, in_dp=None, in_dv=None, in_dq=1.0):
     """Gradients {name: array} from probabilities e^{logits - lse} and D = sum dout out, whatever lse and out are."""
     s = steps(call)
     order, i = s.rules.convention.gqa_order, np.arange(s.q.shape[2])
@@ -840,7 +845,7 @@ def pulled_back(call, dout, out, lse, *, change_d=None, bent=True, in_dp=None, i
     dp = dout @ s.v.swapaxes(-1, -2) * (s.kept if in_dp is None else in_dp)
     dproducts, dlogits = scores_backward(p * (dp - d), {}, s.uncapped if bent else None, s.seen, s.rules)
     grads = {
-        "dq": s.rules.scale * (dproducts @ s.k),
+        "dq": s.rules.scale * ((dproducts * in_dq) @ s.k),
         "dk": from_heads(s.rules.scale * (dproducts.swapaxes(-1, -2) @ s.q), k.shape[1], order),
         "dv": from_heads((p * (s.kept if in_dv is None else in_dv)).swapaxes(-1, -2) @ dout, v.shape[1], order),
     }
@@ -890,12 +895,25 @@ def _bent_bias(case):
     return {"dattn_bias": shrink(whole * slope, s.bias.shape)}
 
 
-def _unnormalised_dv(case):
-    """p relative to the largest of its row, not to the sum."""
+def _unnormalised_dv(case, tile):
+    """p relative to the largest of its row, or of its row in a tile, not to the sum."""
     if case.dout is None:
         return None
-    lse = np.where(np.isneginf(case.values["lse"]), -INF, _top(case))
-    return {"dv": pulled_back(case.call, case.dout, case.values["out"], lse)["dv"]}
+    s = steps(case.call)
+    keys = s.logits.shape[-1]
+    starts = list(range(0, keys, tile or max(1, keys)))
+    tops = np.maximum.reduceat(s.logits, starts, axis=-1)[..., np.arange(keys) // (tile or max(1, keys))]
+    p = np.where(np.isneginf(tops), 0, np.exp(s.logits - np.where(np.isneginf(tops), 0, tops)))
+    order, shared = s.rules.convention.gqa_order, case.call.args[2].shape[1]
+    return {"dv": from_heads((p * s.kept).swapaxes(-1, -2) @ case.dout, shared, order)}
+
+
+def _keys_missed(case, tile):
+    """dq misses the first tile of keys."""
+    if case.dout is None:
+        return None
+    there = np.arange(case.call.args[1].shape[2]) >= tile
+    return {"dq": pulled_back(case.call, case.dout, case.values["out"], case.values["lse"], in_dq=there)["dq"]}
 
 
 def _gradients(*names, by):
@@ -908,17 +926,21 @@ def _gradients(*names, by):
     return answer
 
 
-def _queries_dropped(case, how):
-    """Backward leaves some queries out: a last partial tile, or the first tile; of dk and dv alone, or of dq too."""
-    tile, which, also_dq = how
-    queries = case.call.args[0].shape[2]
-    if case.dout is None or (which == "last" and not queries % tile) or (which == "first" and queries <= tile):
-        return None
-    i = np.arange(queries)
-    there = (i < queries // tile * tile if which == "last" else i >= tile)[:, None]
-    grads = reference(case.call, case.dout * there)
-    names = ("dk", "dv", "dattn_bias", "dsinks") if also_dq else ("dk", "dv")
-    return {n: grads[n] for n in names if n in grads} | ({"dq": case.values["dq"] * there} if also_dq else {})
+def _queries_dropped(which):
+    """Backward leaves some queries out, of dk and dv alone or of dq too: a last partial tile, or the first tile."""
+
+    def answer(case, how):
+        tile, also_dq = how
+        queries = case.call.args[0].shape[2]
+        if case.dout is None or (which == "last" and not queries % tile):
+            return None
+        i = np.arange(queries)
+        there = (i < queries // tile * tile if which == "last" else i >= tile)[:, None]
+        grads = reference(case.call, case.dout * there)
+        names = ("dk", "dv", "dattn_bias", "dsinks") if also_dq else ("dk", "dv")
+        return {n: grads[n] for n in names if n in grads} | ({"dq": case.values["dq"] * there} if also_dq else {})
+
+    return answer
 
 
 def _last_queries_zero(case, tile):
@@ -1058,6 +1080,8 @@ MISTAKES = (
     Mistake("lse_without_max", "lse is the logarithm of the sum without the maximum", None,
             _lse(lambda lse, c: lse - _top(c))),
     Mistake("lse_is_max", "lse is the maximum alone", None, _lse(lambda lse, c: _top(c))),
+    Mistake("lse_of_previous_max", "lse has the maximum before the last tile (of {} keys)", None, _not_rescaled("lse"),
+            tuple((t, b) for t in TILES for b in (False, True))),
     Mistake("lse_without_sink", "lse does not count the sink", None, _lse_without_sink),
     Mistake("lse_without_log", "lse is the sum, not its logarithm", None, _lse(lambda lse, c: np.exp(lse))),
     Mistake("lse_negative", "lse has the opposite sign", None, _lse(lambda lse, c: -lse)),
@@ -1081,7 +1105,8 @@ MISTAKES = (
                 None, _gradients(*names, by=lambda s, f: f), (math.log(2), 1 / math.log(2)))
         for names, verb in ((("dk",), "is"), (("dq",), "is"), (("dq", "dk"), "are"))
     ),
-    Mistake("dv_not_normalised", "dv is of weights relative to the largest, not to the sum", None, _unnormalised_dv),
+    Mistake("dv_not_normalised", "dv is of weights relative to the largest, not to the sum", None, _unnormalised_dv,
+            (None, *TILES)),
     # tiles, and loops that end wrong
     Mistake("last_key_dropped", "the last key is left out", _last_dropped),
     Mistake("first_key_dropped", "the first key is left out", _first_dropped),
@@ -1101,8 +1126,11 @@ MISTAKES = (
             _keys_shifted("k", "answer"), SHIFTS),
     Mistake("value_shifted", "values are those of the key before or after", _keys_shifted("v", "change"),
             _keys_shifted("v", "answer"), SHIFTS),
-    Mistake("last_query_tile_dropped", "a tile of {} queries is left out in backward", None, _queries_dropped,
-            tuple((t, w, a) for t in TILES for w in ("last", "first") for a in (False, True))),
+    Mistake("last_query_tile_dropped", "backward leaves the last, partial tile of {} queries out", None,
+            _queries_dropped("last"), tuple((t, a) for t in TILES for a in (False, True))),
+    Mistake("first_query_tile_dropped", "backward leaves the first tile of {} queries out", None,
+            _queries_dropped("first"), tuple((t, a) for t in TILES for a in (False, True))),
+    Mistake("dq_misses_first_keys", "dq misses the first tile of {} keys", None, _keys_missed, TILES),
     Mistake("last_queries_zero", "the last, partial tile of {} queries has no output", None, _last_queries_zero, TILES),
     # the softmax
     Mistake("softmax_base_2", "the softmax has base 2, without log2(e) in the scale", lambda c: _base(c, math.log(2)),
