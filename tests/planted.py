@@ -186,7 +186,7 @@ _structural(
     conditions=_where("causal", lambda x, c: c.j < c.positions),
 )
 _structural(
-    *("causal_by_eights", "the diagonal is masked in groups of 8 keys: half a tile of 16 leaks"),
+    *("causal_by_eights", "the diagonal is masked in groups of 8 keys: half a tile of 16 leaks", "causal_by_groups"),
     conditions=_where("causal", lambda x, c: c.j // 8 * 8 <= c.positions),
 )
 _structural(
@@ -203,7 +203,7 @@ _structural(
     ),
 )
 _structural(
-    *("causal_from_padded_keys", "bottom_right counts the padding of the keys"),
+    *("causal_from_padded_keys", "bottom_right counts the padding of the keys", "causal_from_padded_keys"),
     given=_aligned(["bottom_right"], lambda g: g["k"].shape[2] - g["q"].shape[2]),
 )
 _structural("causal_not_in_backward", "backward is not masked", only="backward", conditions=_where("causal", None))
@@ -224,14 +224,28 @@ _structural(
     conditions=_where("right", lambda x, c: c.j < c.positions + c.right),
 )
 _structural("window_ignored", "window does nothing", "window_ignored", given=_changed(window=lambda g: None))
-_structural("window_left_ignored", "the left end of the window does nothing", conditions=_where("left", None))
-_structural("window_right_ignored", "the right end of the window does nothing", conditions=_where("right", None))
 _structural(
-    *("window_swapped", "left and right of the window are swapped"),
+    "window_left_ignored",
+    "the left end of the window does nothing",
+    "window_left_ignored",
+    conditions=_where("left", None),
+)
+_structural(
+    "window_right_ignored",
+    "the right end of the window does nothing",
+    "window_right_ignored",
+    conditions=_where("right", None),
+)
+_structural(
+    *("window_swapped", "left and right of the window are swapped", "window_swapped"),
     given=_changed(window=lambda g: g["window"] and g["window"][::-1]),
 )
 _structural(
-    *("window_without_offset", "the left end of the window is counted from the index, not the position"),
+    *(
+        "window_without_offset",
+        "the left end of the window is counted from the index, not the position",
+        "window_without_offset",
+    ),
     conditions=_where("left", lambda x, c: c.j >= c.i[:, None] - c.left),
 )
 _structural(
@@ -252,12 +266,12 @@ _structural(
     given=_changed(attn_mask=lambda g: _first(g["attn_mask"], -3)),
 )
 _structural(
-    *("mask_of_first_query", "all queries have the mask of the first"),
+    *("mask_of_first_query", "all queries have the mask of the first", "mask_of_first_query"),
     given=_changed(attn_mask=lambda g: _first(g["attn_mask"], -2)),
 )
 _structural("mask_not_in_backward", "backward is not masked", only="backward", conditions=_where("mask", None))
 _structural(
-    *("mask_gives_way_to_causal", "attn_mask does nothing if is_causal"),
+    *("mask_gives_way_to_causal", "attn_mask does nothing if is_causal", "mask_gives_way_to_causal"),
     given=_changed(attn_mask=lambda g: None if g["is_causal"] else g["attn_mask"]),
 )
 _structural(
@@ -269,11 +283,11 @@ _structural(
     given=_changed(kv_seqlens=lambda g: None),
 )
 _structural(
-    *("kv_seqlens_of_first_item", "all items are as long as the first"),
+    *("kv_seqlens_of_first_item", "all items are as long as the first", "kv_seqlens_of_first_item"),
     given=_changed(kv_seqlens=lambda g: _first(g["kv_seqlens"], -1)),
 )
 _structural(
-    *("kv_seqlens_one_more", "one key of the padding takes part"),
+    *("kv_seqlens_one_more", "one key of the padding takes part", "kv_seqlens_one_more"),
     conditions=_where("lengths", lambda x, c: c.j <= c.lengths),
 )
 _structural(
@@ -281,7 +295,7 @@ _structural(
     "padding_as_zero_scores",
     values={
         "top": _in_phase("forward", lambda x, at: np.maximum(x, 0) if _padding(at) else x),
-        "new_total": lambda x, at: x + _padding(at) * np.exp(-at.top),
+        "new_total": lambda x, at: x + _padding(at) * np.exp(-at.top) if _padding(at) else x,
     },
 )
 
@@ -300,7 +314,12 @@ _structural(
     *("scale_from_key_count", "the default scale is 1 / sqrt(K)", "scale_from_key_count"),
     given=_changed(scale=lambda g: g["k"].shape[2] ** -0.5 if g["scale"] is None else g["scale"]),
 )
-_structural("scale_option_ignored", "the scale is 1 / sqrt(D) always", given=_changed(scale=lambda g: None))
+_structural(
+    "scale_option_ignored",
+    "the scale is 1 / sqrt(D) always",
+    "scale_option_ignored",
+    given=_changed(scale=lambda g: None),
+)
 _structural("softcap_ignored", "softcap does nothing", "softcap_ignored", given=_changed(softcap=lambda g: None))
 _structural(*("softcap_after_bias", "the bias is capped too", "softcap_after_bias"), cap_after="bias", bends_bias=True)
 _structural("softcap_after_mask", "what is masked is capped", "softcap_after_mask", cap_after="mask", bends_bias=True)
@@ -319,7 +338,12 @@ _structural(
     *("softcap_derivative_of_capped", "the slope of the soft cap is that at the capped score"),
     values={"slope": lambda x, at: 1 - np.tanh(np.sqrt(1 - x)) ** 2},
 )
-_structural("softcap_slope_in_bias", "the gradient of the bias goes through the soft cap", bends_bias=True)
+_structural(
+    "softcap_slope_in_bias",
+    "the gradient of the bias goes through the soft cap",
+    "softcap_slope_in_bias",
+    bends_bias=True,
+)
 _structural(
     *("bias_ignored", "attn_bias does nothing", "bias_ignored"),
     values={"bias": lambda x, at: 0 * x, "dattn_bias": lambda x, at: 0 * x},
@@ -332,7 +356,7 @@ _structural(
     },
 )
 _structural(
-    *("bias_of_first_head", "all heads have the bias of the first"),
+    *("bias_of_first_head", "all heads have the bias of the first", "bias_of_first_head"),
     given=_changed(attn_bias=lambda g: _first(g["attn_bias"], -3)),
 )
 _structural("bias_not_in_backward", "backward forgets the bias", only="backward", values={"bias": lambda x, at: 0 * x})
@@ -342,15 +366,15 @@ _structural(
     shrink=_last_of_stretched,
 )
 _structural(
-    *("bias_gradient_scaled", "the gradient of the bias has the scale of the scores"),
+    *("bias_gradient_scaled", "the gradient of the bias has the scale of the scores", "bias_gradient_scaled"),
     values={"dattn_bias": lambda x, at: x * at.run.problem.scale},
 )
 _structural(
-    *("last_feature_dropped", "the product of q and k ends one feature early"),
+    *("last_feature_dropped", "the product of q and k ends one feature early", "last_feature_dropped"),
     values={"key": lambda x, at: x * (np.arange(x.shape[-1]) < x.shape[-1] - 1)},
 )
 _structural(
-    *("keys_of_next_head", "backward has the keys of the next head"),
+    *("keys_of_next_head", "backward has the keys of the next head", "keys_of_next_head"),
     only="backward",
     values={"key": lambda x, at: np.roll(x, -1, axis=1)},
 )
@@ -380,19 +404,27 @@ _structural(
     from_heads=lambda x, heads: x.reshape(len(x), heads, -1, *x.shape[2:]).mean(axis=2),
 )
 _structural(
-    *("keys_of_first_item", "all items have the keys of the first"), given=_changed(k=lambda g: _first(g["k"], -4))
+    *("keys_of_first_item", "all items have the keys of the first", "keys_of_first_item"),
+    given=_changed(k=lambda g: _first(g["k"], -4)),
 )
 _structural(
-    *("value_as_wide_as_key", "output features beyond D stay zero"),
+    *("value_as_wide_as_key", "output features beyond D stay zero", "values_cut_to_query_width"),
     values={"part_out": lambda x, at: x * (np.arange(x.shape[-1]) < at.run.problem.q.shape[-1])},
 )
 _structural(*("sink_ignored", "sinks do nothing", "sink_ignored"), values={"sink": lambda x, at: np.full_like(x, -INF)})
 _structural("sink_is_zero", "every sink is 0", "sink_is_zero", values={"sink": lambda x, at: 0 * x})
 _structural(
-    "sink_of_first_head", "all heads have the sink of the first", given=_changed(sinks=lambda g: _first(g["sinks"], -1))
+    "sink_of_first_head",
+    "all heads have the sink of the first",
+    "sink_of_first_head",
+    given=_changed(sinks=lambda g: _first(g["sinks"], -1)),
 )
 _structural(
-    "sink_in_every_part", "the sink counts once for each part of the keys", algorithm="splitk", sink_in_every_part=True
+    "sink_in_every_part",
+    "the sink counts once for each part of the keys",
+    "sink_counted_again",
+    algorithm="splitk",
+    sink_in_every_part=True,
 )
 _structural("sink_gradient_negated", "dsinks has the other sign", values={"dsinks": lambda x, at: -x})
 _structural(
@@ -418,20 +450,20 @@ _structural(
     values={"keep_in_dv": lambda x, at: np.ones_like(x), "keep_factor_in_dv": lambda x, at: 1.0},
 )
 _structural(
-    *("dropout_missing_in_dweights", "the gradient of the weights is not dropped"),
+    *("dropout_missing_in_dweights", "the gradient of the weights is not dropped", "dropout_missing_in_dp"),
     values={"keep_in_dweights": lambda x, at: np.ones_like(x), "keep_factor_in_dweights": lambda x, at: 1.0},
 )
 _structural(
-    *("dropout_before_the_sum", "what is dropped is not in the sum of the softmax either"),
+    *("dropout_before_the_sum", "what is dropped is not in the sum of the softmax either", "dropout_as_mask"),
     only="forward",
     values={"weights": lambda x, at: dropped(x, "keep", at)},
 )
 _structural(
-    *("dropout_inverted", "dropout_keep says what is dropped"),
+    *("dropout_inverted", "dropout_keep says what is dropped", "dropout_inverted"),
     given=_changed(dropout_keep=lambda g: None if g["dropout_keep"] is None else ~g["dropout_keep"]),
 )
 _structural(
-    *("dropout_of_first_item", "all items have the dropout of the first"),
+    *("dropout_of_first_item", "all items have the dropout of the first", "dropout_of_first_item"),
     given=_changed(dropout_keep=lambda g: _first(g["dropout_keep"], -4)),
 )
 
@@ -442,7 +474,7 @@ _structural(
     values={"old_out": lambda x, at: at.running.sum_out},
 )
 _structural(
-    *("total_not_rescaled", "the sum of the softmax is not rescaled when the maximum moves"),
+    *("total_not_rescaled", "the sum of the softmax is not rescaled when the maximum moves", "total_not_rescaled"),
     values={"old_total": lambda x, at: at.running.total},
 )
 _structural(
@@ -453,7 +485,7 @@ _structural(
     *("half_not_rescaled", "half of the output's features are not rescaled"), values={"old_out": _half_rescaled}
 )
 _structural(
-    *("rescaled_after_adding", "the output is rescaled after the tile was added"),
+    *("rescaled_after_adding", "the output is rescaled after the tile was added", "accumulator_rescaled_late"),
     values={"old_out": lambda x, at: at.running.sum_out, "sum_out": lambda x, at: x * at.shrink},
 )
 _structural(
@@ -479,7 +511,7 @@ _structural(
     saves_lse=False,
 )
 _structural(
-    *("lse_of_empty_row_zero", "lse is 0 where a query attends to nothing"),
+    *("lse_of_empty_row_zero", "lse is 0 where a query attends to nothing", "lse_of_empty_row"),
     values={"lse": lambda x, at: np.where(np.isneginf(x), 0, x)},
     saves_lse=False,
 )
@@ -501,11 +533,16 @@ _structural(
     key_tiles=lambda tiles, size: [j for j in tiles if len(j) == size],
 )
 _structural(
-    *("last_query_tile_dropped", "backward leaves a last partial tile of queries out"),
+    *("last_query_tile_dropped", "backward leaves a last partial tile of queries out", "last_query_tile_dropped"),
     only="backward",
     query_tiles=lambda tiles, size: [i for i in tiles if len(i) == size],
 )
-_structural("first_tile_twice", "the first tile of keys counts twice", key_tiles=lambda tiles, size: tiles[:1] + tiles)
+_structural(
+    "first_tile_twice",
+    "the first tile of keys counts twice",
+    "first_tile_twice",
+    key_tiles=lambda tiles, size: tiles[:1] + tiles,
+)
 _structural(
     *("last_key_dropped", "the last key is left out", "last_key_dropped"),
     key_tiles=lambda tiles, size: [j for j in (j[j < sum(map(len, tiles)) - 1] for j in tiles) if len(j)],
@@ -542,9 +579,14 @@ _structural(
 # --- structural: backward ----------------------------------------------------------------------------------------
 
 _structural(*("d_missing", "backward does not subtract D", "d_missing"), values={"d": lambda x, at: 0 * x})
-_structural(*("d_of_next_row", "D is that of the query after"), values={"d": lambda x, at: np.roll(x, -1, axis=2)})
-_structural("d_of_first_head", "D is that of the first head", values={"d": lambda x, at: _first(x, -3)})
-_structural("d_added", "D is added, not subtracted", values={"d": lambda x, at: -x})
+_structural(
+    *("d_of_next_row", "D is that of the query after", "d_of_next_row"),
+    values={"d": lambda x, at: np.roll(x, -1, axis=2)},
+)
+_structural(
+    "d_of_first_head", "D is that of the first head", "d_of_first_head", values={"d": lambda x, at: _first(x, -3)}
+)
+_structural("d_added", "D is added, not subtracted", "d_added", values={"d": lambda x, at: -x})
 _structural(*("dk_scale_missing", "dk has no scale", "dk_scale_missing"), values={"scale_of_dk": lambda x, at: 1.0})
 _structural(*("dq_scale_missing", "dq has no scale", "dq_scale_missing"), values={"scale_of_dq": lambda x, at: 1.0})
 _structural(
