@@ -44,7 +44,12 @@ class Family(NamedTuple):
 
 def families(mechanism):
     """{name: Family} of a mechanism."""
-    return FAMILIES | {"example": CHANGES["example"]} if _is_attention(mechanism) else CHANGES
+    if not _is_attention(mechanism):
+        return CHANGES
+    known = FAMILIES | {"example": CHANGES["example"]}
+    if mechanism.forward is scaled_dot_product.forward:  # in the gradient of what is masked NaN stays, with options not
+        del known["poisoned_values"]
+    return known
 
 
 def draw(mechanism, family, claim, seed):
@@ -261,18 +266,22 @@ def nan_query(rng, n):
 
 
 @_family(generic=False, needs=HIDING)
-def poison(rng, n):
-    """A key or a value of one head is NaN, and some query must not see it; what comes out, the convention says."""
-    k, v = n.k.copy(), n.v.copy()
-    hidden = np.argwhere(~_by_key(n, np.all)[..., 0])
+def poisoned_keys(rng, n):
+    """A key that some query must not see is NaN in one feature; the convention says what comes out."""
+    return n.q, _poisoned(rng, n, n.k), n.v
+
+
+@_family(generic=False, needs=HIDING)
+def poisoned_values(rng, n):
+    """A value that some query must not see is NaN in one feature; the convention says what comes out."""
+    return n.q, n.k, _poisoned(rng, n, n.v)
+
+
+def _poisoned(rng, n, x):
+    x, hidden = x.copy(), np.argwhere(~_by_key(n, np.all)[..., 0])
     if len(hidden):
-        b, g, j = hidden[rng.integers(len(hidden))]
-        where = rng.choice(["k", "v", "both"])
-        if where != "v":
-            k[b, g, j, rng.integers(k.shape[3])] = np.nan
-        if where != "k":
-            v[b, g, j, rng.integers(v.shape[3])] = np.nan
-    return n.q, k, v
+        x[(*hidden[rng.integers(len(hidden))], rng.integers(x.shape[-1]))] = np.nan
+    return x
 
 
 def _with_spread(n, spread):
