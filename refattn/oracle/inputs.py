@@ -342,7 +342,7 @@ def attention_call(draw, family, claim, grouped=True):
     shared = draw.choice("G", *[g for g in (1, 2, 4) if heads % g == 0]) if grouped else heads
     queries, keys = draw.choice("Q", *family.queries), draw.choice("K", *family.keys)
     features = draw.choice("D", *family.features)
-    wide = draw.choice("E", *{features: 0, 8: 0, 24: 0})
+    wide = draw.choice("E", *dict.fromkeys((features, 8, 24)))
     chosen = _choose(draw, family, claim)
     if chosen is None:
         return None
