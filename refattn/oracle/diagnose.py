@@ -18,7 +18,7 @@ import numpy as np
 from refattn.core import tree_map
 from refattn.draw import RandomDraw
 from refattn.oracle import contract, mistakes
-from refattn.oracle.bounds import attention_bounds, exact, reference
+from refattn.oracle.bounds import GRADIENTS, attention_bounds, exact, reference
 from refattn.oracle.canonical import as_dot_product
 from refattn.oracle.compare import OUTSIDE, Bound
 from refattn.oracle.conventions import PRESETS
@@ -163,9 +163,14 @@ def _survivors(hypotheses, judged, test):
 # --- dot-product attention ------------------------------------------------------------------------------------
 
 FORWARD, BACKWARD = ", in the forward pass only", ", in the backward pass only"
-PASSES = {  # which pass has the mistake: both; one of them; or both meet in the lse and the output that were saved
-    "both": "", "forward": FORWARD, "forward, saved": FORWARD, "backward": BACKWARD, "backward, saved": BACKWARD,
-}  # fmt: skip
+PASSES = {  # which pass has the mistake
+    "both": "",
+    "both, chained": "",  # gradients are of what was given, not of what was made of it: as autograd has them
+    "forward": FORWARD,
+    "forward, saved": FORWARD,  # backward reads the lse and the output of the other pass
+    "backward": BACKWARD,
+    "backward, saved": BACKWARD,
+}
 
 
 class Hypothesis(NamedTuple):
@@ -265,14 +270,16 @@ def _predicted(h, trial, known):
     made = known[key]
     if made is None:
         return None
-    call, values, answered = made
+    call, values, answered, raw = made
     if h.passes == "both":
         return Prediction(values, None if answered else call)
+    if h.passes == "both, chained":
+        return _chained(h, case, call, raw)
     return _in_one_pass(h, case, call, values)
 
 
 def _made(mistake, parameter, case):
-    """(call, arrays, whether they are more than what the reference answers to the call), or None."""
+    """(call, arrays, whether they are more than the reference answers to the call, what it answers), or None."""
     call = case.call if mistake.change is None else _attempt(mistake.change, case.call, *parameter)
     if call is None:
         return None
@@ -282,7 +289,7 @@ def _made(mistake, parameter, case):
         changed = _attempt(mistake.answer, Case(call, case.dout, values), *parameter)
         if changed is None:
             return None
-    return call, _fitted(case, values | (changed or {})), bool(changed)
+    return call, _fitted(case, values | (changed or {})), bool(changed), values
 
 
 def _attempt(function, *args):
@@ -303,6 +310,55 @@ def _fitted(case, values):
         if x.shape != value.shape and name in ("dk", "dv"):  # of each query head
             x = mistakes.from_heads(x, value.shape[1], mistakes.rules_of(case.call).convention.gqa_order)
         found[name] = mistakes.shrink(x, value.shape) if x.shape != value.shape else x
+    return found
+
+
+def _chained(h, case, call, values):
+    """The gradients go back to where a changed array was read from."""
+    given, changed = mistakes.arguments(case.call), mistakes.arguments(call)
+    if case.dout is None or all(x is y for x, y in zip(given, changed)):
+        return None
+    sources = _sources(h, case.call)
+    if sources is None:
+        return None
+    ends = np.cumsum([0, *(0 if x is None else x.size for x in given)])
+    total = np.zeros(ends[-1] + 1)
+    for name, source in zip(GRADIENTS, sources):
+        if source is not None:
+            places, factors = source
+            np.add.at(total, places, factors * values[name])
+    pieces = [None if x is None else total[a + 1 : b + 1].reshape(x.shape) for x, a, b in zip(given, ends, ends[1:])]
+    grads = {name: x for name, x in zip(GRADIENTS, pieces) if x is not None}
+    return Prediction(_fitted(case, values | grads))
+
+
+def _sources(h, call):
+    """For each changed array: the number of the element that it was read from, 0 for none, and times what.
+
+    Found by changing arrays of zeros, of ones, and of the numbers of their elements; None where it is no such copy.
+    """
+    given = mistakes.arguments(call)
+    starts = np.cumsum([1, *(0 if x is None else x.size for x in given)])
+
+    def changed(make):
+        arrays = tuple(None if x is None else make(x, start) for x, start in zip(given, starts))
+        return mistakes.arguments(h.mistake.change(call._replace(args=arrays), *h.parameter))
+
+    rows = zip(
+        changed(lambda x, start: np.zeros(x.shape)),
+        changed(lambda x, start: np.ones(x.shape)),
+        changed(lambda x, start: start + np.arange(x.size, dtype=np.float64).reshape(x.shape)),
+    )
+    found = []
+    for constant, one, number in rows:
+        if constant is None:
+            found.append(None)
+            continue
+        factor = one - constant
+        place = np.where(factor == 0, 0, (number - constant) / np.where(factor == 0, 1, factor))
+        if not np.allclose(place, np.rint(place), rtol=0, atol=1e-6) or (place > starts[-1]).any():
+            return None
+        found.append((np.rint(place).astype(int), factor))
     return found
 
 
@@ -403,11 +459,11 @@ def _predicted_twice(h, trial):
     made = _made(h.mistake, h.parameter, case)
     if made is None:
         return None
-    call, values, _ = made
+    call, values, *_ = made
     again = _made(h.second.mistake, h.second.parameter, Case(call, case.dout, values))
     if again is None:
         return None
-    last, values, answered = again
+    last, values, answered, _ = again
     return Prediction(_fitted(case, values), None if answered else last)
 
 

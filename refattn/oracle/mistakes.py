@@ -419,17 +419,6 @@ def _ignored_bias(bias, call):
     return np.zeros_like(bias)
 
 
-def _no_gradient(name):
-    return lambda case, none: {name: np.zeros_like(case.values[name])} if none and name in case.values else {}
-
-
-def _bias_gradient_scaled(case, scaled):
-    """The one that went through the scale, as autograd has it."""
-    if not scaled or case.dout is None:
-        return {}
-    return {"dattn_bias": case.values["dattn_bias"] * rules_of(case.call).scale}
-
-
 def _whole_bias(case):
     """The case with a bias that is not stretched."""
     bias = arguments(case.call)[3]
@@ -455,28 +444,15 @@ def _bias_not_reduced(case, how):
     return {"dattn_bias": shrink(whole, shape)}
 
 
-def _keys_shifted(name, how):
+def _moved(name):
     """The key or value at j is that of j + by; at the end there is none, or the last again, or the first."""
 
     def change(call, how):
-        by, end, _ = how
+        by, end = how
         x = call.args["qkv".index(name)]
-        if x.shape[2] < 2:
-            return None
-        return with_arguments(call, **{name: _shifted(x, by, end)})
+        return None if x.shape[2] < 2 else with_arguments(call, **{name: _shifted(x, by, end)})
 
-    def answer(case, how):
-        """The gradient as it belongs to what was read, where autograd puts it."""
-        by, end, back = how
-        if not back or case.dout is None:
-            return {}
-        dx = case.values[f"d{name}"]
-        moved = _shifted(dx, -by, end if end == "around" else "zeros")
-        if end == "last":  # read twice
-            moved[:, :, -1 if by > 0 else 0] += dx[:, :, -1 if by > 0 else 0]
-        return {f"d{name}": moved}
-
-    return change if how == "change" else answer
+    return change
 
 
 def _shifted(x, by, end):
@@ -489,7 +465,7 @@ def _shifted(x, by, end):
     return x
 
 
-SHIFTS = tuple((by, end, back) for by in (1, -1) for end in ("last", "around", "zeros") for back in (False, True))
+SHIFTS = tuple((by, end) for by in (1, -1) for end in ("last", "around", "zeros"))
 
 
 # --- heads, items, layouts --------------------------------------------------------------------------------------
@@ -507,24 +483,10 @@ def _heads_tiled(call):
     return with_convention(call, gqa_order="tile" if order != "tile" else "repeat_interleave")
 
 
-def _first_head(call, _):
-    k, v = call.args[1:3]
-    if not _shares(call):
-        return None
-    firsts = {name: first_of(x, -3) for name, x in (("k", k), ("v", v)) if first_of(x, -3) is not None}
-    return with_arguments(call, **firsts) if firsts else None
-
-
-def _gathered(case, gathered):
-    """The gradient of the first shared head from all query heads, where autograd puts it."""
-    if not gathered or case.dout is None:
-        return {}
-    found = {}
-    for name, x in (("dk", case.values["dk"]), ("dv", case.values["dv"])):
-        if 1 < x.shape[1] < case.call.args[0].shape[1]:
-            found[name] = np.zeros_like(x)
-            found[name][:, 0] = x.sum(axis=1)
-    return found
+def _first_head(call):
+    firsts = {name: first_of(x, -3) for name, x in zip("kv", call.args[1:3])}
+    firsts = {name: x for name, x in firsts.items() if x is not None}
+    return with_arguments(call, **firsts) if firsts and _shares(call) else None
 
 
 def _shared_not_summed(case, how):
@@ -578,19 +540,12 @@ def _rolled_heads(name):
     return change
 
 
-def _last_feature_dropped(call, _):
+def _last_feature_dropped(call):
     k = call.args[1]
     if k.shape[3] < 2:
         return None
     scale = rules_of(call).scale
     return with_options(with_arguments(call, k=k * (np.arange(k.shape[3]) < k.shape[3] - 1)), scale=scale)
-
-
-def _without_last_feature(case, also_dk):
-    if not also_dk or case.dout is None:
-        return {}
-    dk = case.values["dk"]
-    return {"dk": dk * (np.arange(dk.shape[3]) < dk.shape[3] - 1)}
 
 
 def _wide_values_cut(case):
@@ -612,10 +567,6 @@ def _q_and_k_swapped(call):
     return with_arguments(call, q=k, k=q) if q.shape == k.shape else None
 
 
-def _swapped_back(case):
-    return {"dq": case.values["dk"], "dk": case.values["dq"]} if case.dout is not None else {}
-
-
 def _misread(x):
     """An array of (B, T, H, D) in memory, taken for (B, H, T, D)."""
     b, h, t, d = x.shape
@@ -632,16 +583,18 @@ def _layout_of_inputs(call):
     return with_arguments(call, **{n: _misread(x) for n, x in zip("qkv", call.args)})
 
 
-def _layout_of_gradients(case, everywhere):
-    if case.dout is None:
-        return {}
-    names = ("dq", "dk", "dv") + (("out",) if everywhere else ())
-    return {name: _miswritten(case.values[name]) for name in names}
+def _layout_of_output(case, written):
+    """It is written as it was read, or not."""
+    return {"out": _miswritten(case.values["out"])} if written else {}
 
 
-def _out_not_transposed(case):
+def _out_not_transposed(case, chained):
+    """With the gradients of what is returned, or of what should be."""
     out = case.values["out"]
-    return None if 1 in out.shape[1:3] else {"out": _miswritten(out)}
+    if 1 in out.shape[1:3]:
+        return None
+    grads = reference(case.call, _misread(case.dout)) if chained and case.dout is not None else {}
+    return grads | {"out": _miswritten(out), "lse": case.values["lse"]}
 
 
 def _softmax_over_queries(case):
@@ -1018,10 +971,8 @@ MISTAKES = (
     Mistake("softcap_not_divided", "the soft cap is softcap tanh(s), not divided by softcap", _softcap_not_divided),
     Mistake("softcap_derivative_missing", "backward misses the derivative of the soft cap", None, _not_bent),
     Mistake("softcap_slope_in_bias", "the gradient of attn_bias went through the soft cap", None, _bent_bias),
-    Mistake("bias_ignored", "attn_bias is ignored", lambda c, none: _bias(_ignored_bias)(c), _no_gradient("dattn_bias"),
-            (False, True)),
-    Mistake("bias_scaled", "attn_bias is scaled like the scores", lambda c, scaled: _bias(_scaled_bias)(c),
-            _bias_gradient_scaled, (False, True)),
+    Mistake("bias_ignored", "attn_bias is ignored", _bias(_ignored_bias)),
+    Mistake("bias_scaled", "attn_bias is scaled like the scores", _bias(_scaled_bias)),
     Mistake("bias_subtracted", "attn_bias is subtracted", _bias(lambda b, c: -b if np.isfinite(b).all() else None)),
     Mistake("bias_of_first_item", "attn_bias of the first item is used for all", _bias(lambda b, c: first_of(b, -4))),
     Mistake("bias_of_first_head", "attn_bias of the first head is used for all", _bias(lambda b, c: first_of(b, -3))),
@@ -1032,7 +983,7 @@ MISTAKES = (
             lambda c: _gradients("dattn_bias", by=lambda s: s)(c) if "dattn_bias" in c.values else None),
     # heads, items, layouts
     Mistake("heads_tiled", "query head h uses shared head h % G, not h // (H / G)", _heads_tiled),
-    Mistake("heads_first_only", "all query heads use the first shared head", _first_head, _gathered, (False, True)),
+    Mistake("heads_first_only", "all query heads use the first shared head", _first_head),
     Mistake("heads_tiled_in_backward", "dk and dv are summed over the wrong query heads", None, _tiled_back),
     Mistake("shared_heads_not_summed", "dk and dv are those of {} query head of a group, not their sum", None,
             _shared_not_summed, ("the first", "the last", "the mean")),
@@ -1045,14 +996,14 @@ MISTAKES = (
     Mistake("values_as_keys", "the values are used as keys", _one_for_other("k", "v")),
     Mistake("keys_as_queries", "the keys are used as queries", _one_for_other("q", "k")),
     Mistake("queries_as_keys", "the queries are used as keys", _one_for_other("k", "q")),
-    Mistake("q_and_k_swapped", "queries and keys are swapped", _q_and_k_swapped, _swapped_back),
+    Mistake("q_and_k_swapped", "queries and keys are swapped", _q_and_k_swapped),
     Mistake("softmax_over_queries", "the softmax is over the queries, not the keys", None, _softmax_over_queries),
-    Mistake("last_feature_dropped", "the last feature of q and k is left out", _last_feature_dropped,
-            _without_last_feature, (False, True)),
+    Mistake("last_feature_dropped", "the last feature of q and k is left out", _last_feature_dropped),
     Mistake("values_cut_to_query_width", "features of the output beyond D stay zero", None, _wide_values_cut),
-    Mistake("out_not_transposed", "heads and queries are not swapped back in the output", None, _out_not_transposed),
+    Mistake("out_not_transposed", "heads and queries are not swapped back in the output", None, _out_not_transposed,
+            (True, False)),
     Mistake("layout_mistaken", "(B, H, T, D) is read as (B, T, H, D)", lambda c, w: _layout_of_inputs(c),
-            _layout_of_gradients, (False, True)),
+            _layout_of_output, (False, True)),
     # sinks, dropout
     Mistake("sink_ignored", "the sinks are ignored", _sinks_ignored),
     Mistake("sink_is_zero", "the sinks are zero, whatever they are", _sinks(np.zeros_like)),
@@ -1122,10 +1073,8 @@ MISTAKES = (
             None, _not_rescaled("both"), tuple((t, b) for t in TILES for b in (False, True))),
     Mistake("accumulator_rescaled_late", "the running output is rescaled after a tile is added, not before (of {})",
             None, _not_rescaled("late"), tuple((t, b) for t in TILES for b in (False, True))),
-    Mistake("key_shifted", "scores are those of the key before or after", _keys_shifted("k", "change"),
-            _keys_shifted("k", "answer"), SHIFTS),
-    Mistake("value_shifted", "values are those of the key before or after", _keys_shifted("v", "change"),
-            _keys_shifted("v", "answer"), SHIFTS),
+    Mistake("key_shifted", "scores are those of the key before or after", _moved("k"), None, SHIFTS),
+    Mistake("value_shifted", "values are those of the key before or after", _moved("v"), None, SHIFTS),
     Mistake("last_query_tile_dropped", "backward leaves the last, partial tile of {} queries out", None,
             _queries_dropped("last"), tuple((t, a) for t in TILES for a in (False, True))),
     Mistake("first_query_tile_dropped", "backward leaves the first tile of {} queries out", None,

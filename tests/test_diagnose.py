@@ -1,0 +1,328 @@
+"""Each named mistake, planted in code that knows nothing of the table, is found; nothing else is named."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from refattn.core import Call
+from refattn.oracle import contract
+from refattn.oracle.arithmetic import ARITHMETICS
+from refattn.oracle.diagnose import explain
+from refattn.oracle.mistakes import MISTAKES
+from refattn.oracle.region import region
+from refattn.oracle.trial import Judge, try_call
+from refattn.registry import find
+from tests.planted import FAULTS, kernel
+from tests.test_planted import TRIALS, drawn
+
+ATTENTION = find("dot_product_attention")
+NAMES = {m.name for m in MISTAKES}
+
+
+def trials_of(forward, backward, calls, arithmetic="float64", like=ATTENTION, dtype=None):
+    run = contract.with_backward(backward)
+    judge = Judge(forward, like, run, ARITHMETICS[arithmetic], dtype, backward is not None)
+    return [try_call(judge, call, seed=(n,)) for n, call in enumerate(calls)]
+
+
+def explained(trials, arithmetic="float64", like=ATTENTION):
+    return explain(like, trials, ARITHMETICS[arithmetic])
+
+
+def named(trials, arithmetic="float64", like=ATTENTION):
+    return [e.name for e in explained(trials, arithmetic, like)]
+
+
+# --- bugs of tests.planted, in float32 ------------------------------------------------------------------------
+
+SUITE = [*TRIALS.values(), drawn(dropout_keep=(2, 4, 37, 41)), drawn(window=(None, 4), q_offset=3)]
+CALLS = [Call(tuple(t.args[: 1 + max(i for i, x in enumerate(t.args) if x is not None)]), t.options) for t in SUITE]
+OTHER_NAMES = {  # of the table, for planted bugs with names of their own
+    "causal_by_eights": "causal_by_groups",
+    "causal_not_in_backward": "causal_ignored",
+    "mask_not_in_backward": "mask_ignored",
+    "bias_not_in_backward": "bias_ignored",
+    "shared_heads_of_last": "shared_heads_not_summed",
+    "shared_heads_averaged": "shared_heads_not_summed",
+    "value_as_wide_as_key": "values_cut_to_query_width",
+    "sink_in_every_part": "sink_counted_again",
+    "sink_gradient_negated": "dsinks negated",
+    "sink_gradient_of_first_item": "dsinks of the first item",
+    "dropout_missing_in_dweights": "dropout_missing_in_dp",
+    "dropout_before_the_sum": "dropout_as_mask",
+    "rescaled_after_adding": "accumulator_rescaled_late",
+    "lse_of_empty_row_zero": "lse_of_empty_row",
+    "dv_of_unnormalised": "dv_not_normalised",
+    "dk_dv_miss_first_queries": "first_query_tile_dropped",
+}
+UNNAMED = "causal_leaks_one_entry", "one_row_not_rescaled", "stale_value_tile", "parts_averaged", "dlogits_clipped"
+PRECISION = "probs_truncated", "scale_off_by_1e-3", "softmax_low", "dscores_of_low_probs", "operands_tf32", "lse_low"
+
+
+def names_of(fault):
+    """In the table."""
+    if fault.name in OTHER_NAMES:
+        return (OTHER_NAMES[fault.name],)
+    asked = (fault.diagnosis,) if isinstance(fault.diagnosis, str) else fault.diagnosis or ()
+    return asked or ((fault.name,) if fault.name in NAMES else ())
+
+
+def trials_of_kernel(fault, arithmetic="float32", calls=CALLS):
+    forward, backward = kernel(ARITHMETICS[arithmetic], fault=fault, queries=16, keys=16)
+    return trials_of(forward, backward, calls, arithmetic, dtype=np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("name", [f.name for f in FAULTS.values() if names_of(f)])
+def test_planted_bugs_are_named(name):
+    trials = trials_of_kernel(name)
+    assert not all(t.conforms for t in trials)
+    assert set(named(trials, "float32")[:2]) & set(names_of(FAULTS[name]))
+
+
+@pytest.mark.parametrize("name", [*UNNAMED, *PRECISION])
+def test_other_bugs_get_no_name_but_a_place(name):
+    failed = [t for t in trials_of_kernel(name) if not t.conforms][:2]
+    assert failed and not explained(failed, "float32")
+    assert all(region(t) for t in failed)
+
+
+@pytest.mark.parametrize("name", ["causal_ignored", "d_missing", "softcap_ignored", "key_shifted", "dq_scale_missing"])
+def test_they_are_named_in_bfloat16_too(name):
+    assert name in named(trials_of_kernel(name, "bf16_flash"), "bf16_flash")[:2]
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bf16_flash", "f16_flash"])
+def test_what_is_right_is_not_named(arithmetic):
+    trials = trials_of_kernel(None, arithmetic)
+    assert all(t.conforms for t in trials)
+    assert explained(trials, arithmetic) == ()
+    assert all(region(t) == "" for t in trials)
+
+
+# --- attention in plain NumPy, with knobs ------------------------------------------------------------------------
+
+
+def attention(q, k, v, bias, sinks, options, knobs):
+    """(out, lse). A knob is a function of a variable of that name, and of the call, that gives another."""
+    o = SimpleNamespace(**(DEFAULTS | options), queries=q.shape[2], keys=k.shape[2], q=q, k=k, v=v, real_bias=bias)
+
+    def turned(name, x):
+        return knobs[name](x, o) if name in knobs else x
+
+    q, k, v = turned("qkv", (q, k, v))
+    bias, sinks = turned("bias", bias), turned("sinks", sinks)
+    heads, d = q.shape[1], q.shape[3]
+    k, v = turned("of_heads", (k.repeat(heads // k.shape[1], 1), v.repeat(heads // v.shape[1], 1)))
+    o.scale_given = o.scale is not None
+    o.scale = 1 / math.sqrt(d) if o.scale is None else o.scale
+    scale = turned("scale", o.scale)
+    keep = turned("keep", o.dropout_keep)
+    lengths = turned("lengths", o.kv_seqlens)
+    offset = turned("offset", np.zeros(len(q), int) if o.q_offset is None else o.q_offset)
+    o.p = np.arange(o.queries)[None, None, :, None] + np.broadcast_to(offset, len(q))[:, None, None, None]
+    o.j = np.arange(o.keys)
+    seen = np.ones((len(q), heads, o.queries, o.keys), bool)
+    if o.attn_mask is not None:
+        seen &= turned("mask", o.attn_mask)
+    if o.is_causal:
+        seen &= turned("causal", o.j <= o.p)
+    if lengths is not None:
+        seen &= o.j < np.reshape(lengths, (-1, 1, 1, 1))
+    seen = turned("seen", seen)
+    s = scale * np.einsum("bhid,bhjd->bhij", q, k)
+    if o.softcap is not None:
+        s = turned("cap", lambda x: o.softcap * np.tanh(x / o.softcap))(s)
+    s = s if bias is None else s + bias
+    s = turned("logits", s)
+    top = np.where(seen, s.real, -1e300).max(axis=-1, keepdims=True)
+    top = top if sinks is None else np.maximum(top, sinks.real[:, None, None])
+    e = np.where(seen, np.exp(np.where(seen, s - top, 0)), 0)
+    total = e.sum(axis=-1, keepdims=True) + (0 if sinks is None else np.exp(sinks[:, None, None] - top))
+    empty = total == 0
+    e = e if keep is None else turned("dropped", e * keep / (1 - o.dropout_p))
+    o.top, o.empty, o.s, o.seen, o.sinks = top[..., 0], empty[..., 0], s, seen, sinks
+    out = turned("tiles", np.einsum("bhij,bhje->bhie", e, v) / np.where(empty, 1, total))
+    lse = np.where(empty, -np.inf, top + np.log(np.where(empty, 1, total)))[..., 0].real
+    lse = turned("lse", lse)
+    lengths = turned("rows", o.q_seqlens)
+    if lengths is not None:
+        beyond = np.arange(o.queries) >= np.reshape(lengths, (-1, 1, 1))
+        out, lse = np.where(beyond[..., None], 0, out), np.where(beyond, -np.inf, lse)
+    return turned("out", out), lse
+
+
+DEFAULTS = dict.fromkeys(
+    ("scale", "attn_mask", "q_offset", "softcap", "kv_seqlens", "q_seqlens", "dropout_keep"), None
+) | {"is_causal": False, "dropout_p": 0.0}  # fmt: skip
+
+
+def candidate(knobs):
+    """(forward, backward); the gradients are derivatives of the forward, wrong as it is, by complex steps."""
+
+    def forward(q, k, v, attn_bias=None, sinks=None, **options):
+        return attention(q, k, v, attn_bias, sinks, options, knobs)
+
+    def backward(dout, q, k, v, attn_bias, sinks, out, lse, **options):
+        args = [q, k, v, attn_bias, sinks]
+        grads = [slopes(dout, args, n, options, knobs) for n in range(5)]
+        return knobs["grads"](grads, (dout, args, options)) if "grads" in knobs else grads
+
+    return forward, backward
+
+
+def slopes(dout, args, n, options, knobs):
+    if args[n] is None:
+        return None
+    grad = np.zeros(args[n].shape)
+    for place in np.ndindex(grad.shape):
+        moved = args[n].astype(complex)
+        moved[place] += 1e-30j
+        out, _ = attention(*args[:n], moved, *args[n + 1 :], options, knobs)
+        grad[place] = (dout * out.imag).sum() / 1e-30
+    return grad
+
+
+def calls():
+    rng = np.random.default_rng(0)
+
+    def of(shapes, bias=None, sinks=None, **options):
+        arrays = [None if s is None else rng.normal(size=s) for s in (*shapes, bias, sinks)]
+        return Call(tuple(arrays), options)
+
+    square, grouped = [(2, 2, 4, 3)] * 3, [(2, 4, 3, 3), (2, 2, 5, 3), (2, 1, 5, 4)]
+    mask = np.array(rng.random((2, 2, 4, 4)) < 0.6)
+    mask[0, :, 1] = False
+    mask[1, :, 2] = True
+    return [
+        of(square, (2, 2, 4, 4), attn_mask=mask, q_seqlens=np.array([3, 4])),
+        of(square, None, None, is_causal=True, dropout_keep=rng.random((2, 2, 4, 4)) < 0.6, dropout_p=0.2),
+        of(grouped, (1, 1, 1, 5), (4,), kv_seqlens=np.array([5, 3]), is_causal=True, q_offset=np.array([0, 2])),
+        of(grouped, None, None, softcap=1.5, scale=0.8),
+        of([(1, 1, 19, 2), (1, 1, 35, 2), (1, 1, 35, 2)]),
+    ]
+
+
+PLAIN = calls()
+
+
+def test_the_candidate_with_knobs_is_right():
+    trials = trials_of(*candidate({}), PLAIN)
+    assert all(t.conforms for t in trials), [str(v) for t in trials for v in t.verdicts if not v.conforms]
+    assert explained(trials) == ()
+
+
+def first(x, axis):
+    """The first along an axis, wherever it is asked for."""
+    return None if x is None else np.repeat(np.take(x, [0], axis), x.shape[axis], axis)
+
+
+def if_alike(change):
+    """A change of (q, k, v), where their shapes are one."""
+    return lambda qkv, o: change(*qkv) if len({x.shape for x in qkv}) == 1 else qkv
+
+
+def misread(x):
+    b, h, t, d = x.shape
+    return x.reshape(b, t, h, d).transpose(0, 2, 1, 3)
+
+
+def by_tiles(shrink_total, late=False):
+    """The output of an online softmax that forgets to rescale, in tiles of 16 keys."""
+
+    def out(_, o):
+        first = -np.inf if o.sinks is None else o.sinks[:, None, None]
+        acc, total, top = 0.0, float(o.sinks is not None), first + np.zeros((*o.s.shape[:3], 1))
+        values = o.v.repeat(o.s.shape[1] // o.v.shape[1], 1)
+        for start in range(0, o.keys, 16):
+            s = np.where(o.seen, o.s, -np.inf)[..., start : start + 16]
+            new = np.maximum(top, s.real.max(axis=-1, keepdims=True))
+            new = np.where(np.isneginf(new), 0, new)
+            shrink, e = np.exp(top - new), np.where(np.isneginf(s.real), 0, np.exp(s - new))
+            acc = acc + e @ values[:, :, start : start + 16]
+            acc = acc * shrink if late else acc
+            total = (total * shrink if shrink_total else total) + e.sum(axis=-1, keepdims=True)
+            top = new
+        o.total = total
+        return acc / np.where(total == 0, 1, total)
+
+    return out
+
+
+def scaled(factor, *which):
+    def grads(grads, call):
+        scale = call[2].get("scale") or 1 / math.sqrt(call[1][0].shape[3])
+        return [g * factor(scale) if n in which else g for n, g in enumerate(grads)]
+
+    return {"grads": grads}
+
+
+def summed_over_wrong_heads(grads, call):
+    dout, (q, *kv, bias, sinks), options = call
+    whole = [q, *(x.repeat(q.shape[1] // x.shape[1], 1) for x in kv), bias, sinks]
+    for n in (1, 2):
+        g = slopes(dout, whole, n, options, {})
+        shared = kv[n - 1].shape[1]
+        grads[n] = g.reshape(len(g), -1, shared, *g.shape[2:]).sum(axis=1)
+    return grads
+
+
+def lse_knob(change):
+    return {"lse": lambda lse, o: np.where(o.empty, -np.inf, change(lse, o))}
+
+
+KNOBS = {
+    "scale_inverse": {"scale": lambda s, o: 1 / s},
+    "scale_root_missing": {"scale": lambda s, o: s if o.scale_given else 1 / o.q.shape[3]},
+    "scale_from_model_width": {"scale": lambda s, o: s if o.scale_given else (o.q.shape[1] * o.q.shape[3]) ** -0.5},
+    "scale_from_padded_width": {"scale": lambda s, o: s if o.scale_given else 16**-0.5},
+    "scale_negative": {"scale": lambda s, o: -s},
+    "causal_reversed": {"causal": lambda x, o: o.j >= o.p},
+    "q_offset_of_first_item": {"offset": lambda x, o: np.full_like(x, x[0])},
+    "kv_seqlens_one_less": {"lengths": lambda n, o: None if n is None else n - 1},
+    "q_seqlens_ignored": {"rows": lambda n, o: None},
+    "mask_transposed": {"mask": lambda m, o: m.swapaxes(2, 3)},
+    "softcap_not_divided": {"cap": lambda f, o: lambda x: o.softcap * np.tanh(x)},
+    "bias_subtracted": {"bias": lambda x, o: None if x is None else -x},
+    "bias_of_first_item": {"bias": lambda x, o: first(x, 0)},
+    "bias_of_first_query": {"bias": lambda x, o: first(x, 2)},
+    "heads_tiled_in_backward": {"grads": summed_over_wrong_heads},
+    "values_of_first_item": {"qkv": lambda x, o: (x[0], x[1], first(x[2], 0))},
+    "keys_and_values_of_first_item": {"qkv": lambda x, o: (x[0], first(x[1], 0), first(x[2], 0))},
+    "values_of_next_head": {"qkv": lambda x, o: (x[0], x[1], np.roll(x[2], -1, 1))},
+    "keys_as_values": {"qkv": lambda x, o: (x[0], x[1], x[1 if x[1].shape == x[2].shape else 2])},
+    "values_as_keys": {"qkv": lambda x, o: (x[0], x[2 if x[1].shape == x[2].shape else 1], x[2])},
+    "keys_as_queries": {"qkv": if_alike(lambda q, k, v: (k, k, v))},
+    "queries_as_keys": {"qkv": if_alike(lambda q, k, v: (q, q, v))},
+    "q_and_k_swapped": {"qkv": if_alike(lambda q, k, v: (k, q, v))},
+    "layout_mistaken": {"qkv": lambda x, o: tuple(map(misread, x))},
+    "out_not_transposed": {"out": lambda y, o: y.transpose(0, 2, 1, 3).reshape(y.shape)},
+    "sink_subtracted": {"sinks": lambda x, o: None if x is None else -x},
+    "one_added_to_sum": {"sinks": lambda x, o: np.zeros(o.q.shape[1]) if x is None else x},
+    "dropout_scaled_by_p": {"dropped": lambda e, o: e * (1 - o.dropout_p) / o.dropout_p},
+    "dropout_of_first_head": {"keep": lambda x, o: first(x, 1)},
+    "lse_is_max": lse_knob(lambda lse, o: o.top.real),
+    "lse_without_log": lse_knob(lambda lse, o: np.exp(lse)),
+    "lse_negative": lse_knob(lambda lse, o: -lse),
+    "dq_dk_scale_missing": scaled(lambda s: 1 / s, 0, 1),
+    "dq_dk_scale_twice": scaled(lambda s: s, 0, 1),
+    "dq_of_base_2": scaled(lambda s: math.log(2), 0),
+    "dk_of_base_2": scaled(lambda s: 1 / math.log(2), 1),
+    "dq_dk_of_base_2": scaled(lambda s: math.log(2), 0, 1),
+    "first_key_dropped": {"seen": lambda x, o: x & (o.j > 0)},
+    "softmax_base_2": {"logits": lambda s, o: s * math.log(2), "sinks": lambda x, o: x},
+    "softmax_log2e_twice": {"logits": lambda s, o: s / math.log(2)},
+    "nothing_rescaled": {
+        "tiles": by_tiles(shrink_total=False),
+        "lse": lambda lse, o: np.where(o.empty, -np.inf, o.top + np.log(np.where(o.empty, 1, o.total[..., 0]))),
+    },
+}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_mistakes_are_named(name):
+    forward, backward = candidate(KNOBS[name])
+    trials = trials_of(forward, None if "tiles" in KNOBS[name] else backward, PLAIN)  # a maximum is not complex
+    assert not all(t.conforms for t in trials)
+    assert name in named(trials)[:2]
