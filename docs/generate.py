@@ -4,7 +4,12 @@ import inspect
 from pathlib import Path
 from textwrap import dedent
 
+from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32
+from refattn.oracle.conventions import PRESETS
+from refattn.oracle.inputs import CHANGES
+from refattn.oracle.inputs import FAMILIES as INPUTS
 from refattn.oracle.laws import DECLARED, UNIVERSAL
+from refattn.oracle.mistakes import MISTAKES
 from refattn.registry import everything
 from refattn.shapes import spelled
 
@@ -31,15 +36,23 @@ anything that has `forward`, `backward` and `ABOUT`, yours included. Every law h
 it rejects.
 """
 
+JUDGE = """# What the judge knows
+
+Generated from the code: the names that `refattn check` takes, and those that it gives. What they mean is explained in
+[Check your own implementation](../how-to/check-your-own.md), [Rounding](../explanation/rounding.md) and
+[Verdicts](../explanation/verdicts.md).
+"""
+
 
 def pages(folder):
-    """catalogue.md, laws.md, mechanisms/*.md and primitives/*.md below `folder`; only what changed is written."""
+    """catalogue, laws, judge, and mechanisms/* and primitives/*, below `folder`; only what changed is written."""
     written = set()
     for m in everything().values():
         place = "primitives" if m.family == "primitives" else "mechanisms"
         written.add(_write(folder / place / f"{m.name}.md", _page(m)))
     _write(folder / "catalogue.md", _catalogue())
     _write(folder / "laws.md", _laws())
+    _write(folder / "judge.md", _judge())
     for place in ("mechanisms", "primitives"):
         for stale in set((folder / place).glob("*.md")) - written:
             stale.unlink()
@@ -91,4 +104,23 @@ def _laws():
     for title, laws in (("Universal", UNIVERSAL), ("Declared", DECLARED.values())):
         lines += [f"## {title}", ""]
         lines += [f"`{law.__name__}`\n: {' '.join(law.__doc__.split())}\n" for law in laws]
+    return "\n".join(lines)
+
+
+def _judge():
+    lines = [JUDGE, "## Arithmetics", "", "Where a field is empty, no rounding of its own is allowed for.", ""]
+    columns = "scaled_query", "scores", "probs", "dprobs", "dscores", "operands", "shared_heads", "partial"
+    lines += [f"| name | q, k, v | out | gradients | {' | '.join(columns)} |", "|---" * (4 + len(columns)) + "|"]
+    for a in ARITHMETICS.values():
+        cells = [a.name, a.inputs.name, a.out.name, a.grad.name]
+        cells += [getattr(a, column).name if getattr(a, column) else "" for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    other = ", ".join(f"`{a.name}`" for a in ARITHMETICS.values() if a.accumulator != FLOAT32)
+    lines += ["", f"The accumulator is float32, but float64 in {other}.", ""]
+    for title, found in (("of dot-product attention", INPUTS), ("of every other mechanism", CHANGES)):
+        lines += [f"## Families of inputs, {title}", "", *(f"`{n}`\n: {f.words}\n" for n, f in found.items())]
+    lines += ["## Conventions", "", "| name | measured |", "|---|---|"]
+    lines += [f"| `{name}` | {convention.measured} |" for name, convention in PRESETS.items()]
+    words = [(m.name, m.words.replace("{}", "...").replace("|", "\\|")) for m in MISTAKES]
+    lines += ["", "## Mistakes", "", *(f"`{name}`\n: {text}\n" for name, text in words)]
     return "\n".join(lines)
