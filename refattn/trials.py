@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import NamedTuple
 
 from refattn import frameworks, report
-from refattn.oracle.check import check, check_laws
+from refattn.oracle.check import check
+from refattn.oracle.check_laws import check_laws
 from refattn.registry import find
 
 KERNELS = {"blocked_attention": False, "blocked_attention_with_a_bug": True}  # name -> whether it has a bug

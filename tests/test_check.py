@@ -13,7 +13,8 @@ from refattn.attention.dot_product import scaled_dot_product
 from refattn.core import About, Array, Call, Shaped, shaped
 from refattn.draw import RandomDraw
 from refattn.examples import blocked_attention, blocked_attention_with_a_bug
-from refattn.oracle.check import Report, assert_conforms, check, check_laws
+from refattn.oracle.check import Report, assert_conforms, check
+from refattn.oracle.check_laws import check_laws
 from refattn.oracle.contract import NotHandled
 from refattn.oracle.inputs import LARGEST, Stretched, draw_call
 from refattn.primitives import linear, lstm_cell

@@ -56,7 +56,7 @@ class Part(NamedTuple):
     q: Any  # (h, r, D)
     k: Any  # (h, K, D)
     v: Any  # (h, K, E)
-    centred: Any  # v without its mean: what all keys have in common does not matter
+    centred: Any  # v without what all keys have in common, which does not matter
     x: Any  # scaled products, with their signs
     s: Any  # logits, absolute, 0 where not alive
     below: Any  # how far the logit is below the largest
@@ -195,7 +195,7 @@ def part_of(problem, b, heads, rows):
         kept = np.broadcast_to(kept[b if len(kept) > 1 else 0], (problem.q.shape[1], *_sizes(problem)))
         kept = kept[heads, rows].astype(as_) * as_(rules.keep_factor)
     y = problem.y[b, heads, rows]
-    centre = v.mean(axis=-2, keepdims=True) if kept is None and v.shape[-2] else np.zeros_like(v[:, :1])
+    centre = _centre(v) if kept is None else np.zeros_like(v[:, :1])
     t = slope = None
     if rules.softcap is not None:
         t = np.tanh(np.where(np.isfinite(uncapped[0]), uncapped[0], 0) / rules.softcap)
@@ -249,6 +249,14 @@ def _backward(problem, part, b, heads, rows, v, as_):
         "delta": np.abs(delta),
         "d": np.abs(d + common) + np.abs(dlse),
     }
+
+
+def _centre(v):
+    """(h, 1, E): the mean of each feature that is far from 0 for all keys; 0 of others, which would lose digits."""
+    if not v.shape[1]:
+        return np.zeros_like(v.sum(axis=1, keepdims=True))
+    mean, spread = v.mean(axis=1, keepdims=True), v.std(axis=1, keepdims=True)
+    return np.where(np.abs(mean) > 3 * spread, mean, 0)
 
 
 def _sizes(problem):

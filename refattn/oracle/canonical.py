@@ -5,12 +5,15 @@ import numpy as np
 from refattn.attention.dot_product import dot_product_attention, scaled_dot_product, streaming
 from refattn.core import Call
 
+OWN_OF_STREAMING = "block", "jobs", "executor"  # how, not what
+
 
 def as_dot_product(mechanism, call):
     """The Call of dot_product_attention with the same numbers, or None. Its arrays have axes (B, H, ...)."""
-    same = {dot_product_attention.forward, streaming.forward}
-    if mechanism.forward in same and call.options.get("return_scores") is None:
+    if mechanism.forward is dot_product_attention.forward and call.options.get("return_scores") is None:
         return call
+    if mechanism.forward is streaming.forward:
+        return Call(call.args, {name: x for name, x in call.options.items() if name not in OWN_OF_STREAMING})
     if mechanism.forward is scaled_dot_product.forward:
         options = dict(call.options)
         mask = options.pop("mask", None)
@@ -25,6 +28,9 @@ def _with_heads(x):
 
 def as_it_was(mechanism, canonical, call):
     """The inverse of as_dot_product, for a canonical call that was changed: in the layout of the original `call`."""
+    if mechanism.forward is streaming.forward:
+        own = {name: x for name, x in call.options.items() if name in OWN_OF_STREAMING}
+        return Call(canonical.args, canonical.options | own)
     if mechanism.forward is not scaled_dot_product.forward:
         return canonical
     rank, options = call.args[0].ndim, dict(canonical.options)

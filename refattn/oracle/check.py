@@ -15,14 +15,16 @@ from refattn.oracle import contract, inputs
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT64, FORMATS, OF_DTYPE, Arithmetic, ladder
 from refattn.oracle.bounds import attention_bounds
 from refattn.oracle.canonical import as_dot_product
-from refattn.oracle.compare import OUTSIDE, worse
+from refattn.oracle.compare import BUG, OUTSIDE, worse
 from refattn.oracle.conventions import PRESETS
 from refattn.oracle.diagnose import explain, region
+from refattn.oracle.noise import granularity
 from refattn.oracle.shrink import shrink
 from refattn.oracle.trial import Judge, plain, try_call
 from refattn.registry import find
 
 EXPLAINED = 8  # failing calls that an explanation must explain, and conforming ones that it must not spoil
+EXPLAINED_BY_NOISE = 3  # where a bound takes many runs
 
 
 class Report(NamedTuple):
@@ -208,11 +210,12 @@ def _report(judge, trials, **known):
     if not failed:
         return report
     smallest = shrink(judge, failed[0])
-    some = [smallest, *failed[:EXPLAINED], *[t for t in trials if not t.failed][:EXPLAINED]]
+    some = EXPLAINED if as_dot_product(judge.mechanism, failed[0].call) is not None else EXPLAINED_BY_NOISE
+    shown = [smallest, *failed[:some], *[t for t in trials if not t.failed][:some]]
     return report._replace(
         smallest=smallest,
-        explanations=explain(judge.mechanism, some, judge.arithmetic),
-        consistent_with=_coarser(judge, failed[:EXPLAINED]),
+        explanations=explain(judge.mechanism, shown, judge.arithmetic),
+        consistent_with=_coarser(judge, failed[:some]),
         where=region(failed[0]),
     )
 
@@ -223,7 +226,15 @@ def _size(trial):
 
 def _coarser(judge, failed):
     """The first coarser arithmetic, in words, in which all that failed conforms."""
+    wrong = {"call", "arguments"} | {v.name for t in failed for v in t.verdicts if not np.isfinite(v.ratio)}
+    if any(v.name in wrong or (v.problem and v.kind == BUG) for t in failed for v in t.verdicts if not v.conforms):
+        return ""  # no rounding does that
+    by_noise = as_dot_product(judge.mechanism, failed[0].call) is None
+    tried = {granularity(judge.arithmetic)}
     for words, arithmetic in ladder(judge.arithmetic):
+        if by_noise and granularity(arithmetic) in tried:
+            continue
+        tried.add(granularity(arithmetic))
         coarse = judge._replace(arithmetic=arithmetic)
         if all(try_call(coarse, t.call, t.family, False, t.seed).conforms for t in failed):
             return words

@@ -42,6 +42,12 @@ FACTOR = 24.0
 RUNS = 16
 
 
+def granularity(arithmetic):
+    """The formats of what an operation leaves behind, and of a sum before it is stored."""
+    formats = [f for f in (arithmetic.scores, arithmetic.probs, arithmetic.softmax) if f is not None]
+    return max(formats, key=lambda form: form.u), arithmetic.accumulator
+
+
 def noise_bounds(value, expected, arithmetic, seed=0):
     """A Bound, without a worst case, for each array of the tree `expected`, when computed in `arithmetic`.
 
@@ -49,13 +55,12 @@ def noise_bounds(value, expected, arithmetic, seed=0):
     array or a tree with the function `noisy` that it is given. `expected` is (out, gradients): they may be stored in
     different formats.
     """
-    formats = [f for f in (arithmetic.scores, arithmetic.probs, arithmetic.softmax) if f is not None]
-    results = max(formats, key=lambda form: form.u)  # what an operation leaves behind
+    results, accumulator = granularity(arithmetic)
     total = tree_map(np.zeros_like, expected)
     for run in range(RUNS):
         noise = Noise(
             np.random.default_rng([seed, run]),
-            *(SLOPPY * results.u, SLOPPY * arithmetic.accumulator.u, results.tiny, bool(run % 2)),
+            *(SLOPPY * results.u, SLOPPY * accumulator.u, results.tiny, bool(run % 2)),
         )
         with np.errstate(all="ignore"):
             moved = value(lambda tree, noise=noise: tree_map(noise.start, tree))
@@ -63,11 +68,9 @@ def noise_bounds(value, expected, arithmetic, seed=0):
 
     def bound(form):
         def of(y, s):
-            sd = np.sqrt(s / RUNS) / SLOPPY
+            error = FACTOR / SLOPPY * np.sqrt(s / RUNS)
             size = np.where(np.isfinite(y), np.abs(y), 0)
-            error, last = FACTOR * sd, half_ulp(size, form) * (y != 0)
-            sd = np.sqrt(sd * sd + last * last / 3)
-            return Bound(None, error + half_ulp(size + error, form) * ((y != 0) | (error > 0)), sd)
+            return Bound(None, error + half_ulp(size + error, form) * ((y != 0) | (error > 0)))
 
         return of
 

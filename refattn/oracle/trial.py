@@ -12,7 +12,7 @@ from refattn.oracle.arithmetic import Arithmetic, numpy_dtype
 from refattn.oracle.bounds import attention_bounds, exact, outside_the_model, reference
 from refattn.oracle.canonical import as_dot_product
 from refattn.oracle.compare import BUG, OUTSIDE, Bound, Verdict, compare
-from refattn.oracle.inputs import cast, in_words, rounded
+from refattn.oracle.inputs import cast, draw_dout, in_words, rounded
 from refattn.oracle.noise import noise_bounds_of_call
 
 STEP = 1e-200  # of the complex step along the scale
@@ -55,7 +55,7 @@ class Trial(NamedTuple):
 def try_call(judge, call, family="example", chance=False, seed=(0,)):
     """The Trial of a call. `chance`: its numbers were drawn, so that the statistical bounds hold."""
     call = rounded(call, judge.arithmetic.inputs)
-    words, dout = in_words(call, contract.parameter_names(judge.mechanism)), _cotangent(judge, call, seed)
+    words, dout = in_words(call, contract.parameter_names(judge.mechanism)), _cotangent(judge, call, family, seed)
     given = _given(judge, call, dout)
     before = {name: tree_map(np.copy, value) for name, value in given.items()}
     try:
@@ -92,14 +92,14 @@ def of_constants(arithmetic):
 # --- what the candidate is given ------------------------------------------------------------------------------
 
 
-def _cotangent(judge, call, seed):
+def _cotangent(judge, call, family, seed):
     if not judge.gradients:
         return None
     out, _ = judge.mechanism.forward(*call.args, **call.options)
     if as_dot_product(judge.mechanism, call) is not None and isinstance(out, tuple):
         out = out[0]
-    rng = np.random.default_rng([*seed, 1])
-    return rounded(Call((tree_map(lambda y: rng.normal(size=y.shape), out),), {}), judge.arithmetic.out).args[0]
+    dout = draw_dout(judge.mechanism, family, out, np.random.default_rng([*seed, 1]))
+    return rounded(Call((dout,), {}), judge.arithmetic.out).args[0]
 
 
 def _given(judge, call, dout):
