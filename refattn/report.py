@@ -17,7 +17,7 @@ STYLES = {
 }  # fmt: skip
 KINDS = "|".join(sorted(map(re.escape, STYLES), key=len, reverse=True))
 VERDICT = re.compile(rf"^  ({KINDS})(?= )|: ({KINDS})(?= \(\d+ examples)", re.M)  # as str(report) has them
-INDENT = 10  # of what did not fit into a line
+ABOUT = re.compile(rf"  ({KINDS}) +\S+ +| *")  # what stands before the story of a line
 
 
 def _rich():
@@ -72,8 +72,8 @@ def say(text):
 
 
 def _fold(line, width):
-    indent = len(line) - len(line.lstrip())
-    more = " " * min(max(indent, INDENT), width // 2)
+    before = ABOUT.match(line)
+    more = " " * min(before.end() if before[1] else before.end() + 4, width // 2)
     return textwrap.wrap(line, width, subsequent_indent=more, break_on_hyphens=False) or [""]
 
 

@@ -144,15 +144,24 @@ def test_the_bundled_bug(tmp_path):
         shutil.copy(module.__file__, tmp_path)
     bug = tmp_path / "blocked_attention_with_a_bug.py"
     bug.write_text(bug.read_text().replace("refattn.examples.", ""))
-    wrong = blocked_attention_with_a_bug
-    report = check(wrong.forward, "scaled_dot_product", backward=wrong.backward, spec=(str(bug), "forward"))
+    wrong, spec = blocked_attention_with_a_bug, (str(bug), "forward", str(bug), "backward")
+    report = check(wrong.forward, "scaled_dot_product", backward=wrong.backward, spec=spec)
     text = report.script()
     status, out, error = run(text)
     assert status == 1 and error == "AssertionError: outside the bounds"
-    verdict = next(v for v in report.smallest.verdicts if v.name == "out")
-    assert out.count("\n") == 1 and f"out{list(verdict.index)} is {verdict.got!r}, expected {verdict.expected!r}" in out
+    failing = [v for v in report.smallest.verdicts if not v.conforms]
+    assert failing and out.count("\n") == len(failing)
+    for v in failing:
+        assert f"{v.name}{list(v.index)} is {v.got!r}, expected {v.expected!r}" in out
     assert run(text, (str(bug), str(tmp_path / "blocked_attention.py")))[::2] == (0, "")
-    assert "backward = " not in text and max(len(line) for line in text.splitlines() if "blocked" not in line) <= 120
+    assert max(len(line) for line in text.splitlines() if "blocked" not in line) <= 120
+
+
+def test_no_gradients_where_the_forward_is_wrong(file):
+    text = script(by_hand(file, "wrong"))
+    assert "backward = " not in text and "dout" not in text
+    text = script(by_hand(file, "wrong", "backward")._replace(spec=(str(file), "wrong")))  # it cannot be imported
+    assert "backward = " not in text and run(text)[2] == "AssertionError: outside the bounds"
 
 
 def test_nothing_fails_nothing_to_show():
