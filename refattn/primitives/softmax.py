@@ -10,8 +10,6 @@ Choices
     The largest allowed score is subtracted first: nothing overflows, and nothing changes, since softmax does not
     see a constant. A row with nothing allowed, or with scores of -inf alone, is all zeros, and so is its gradient:
     no NaN is made here. What is masked is never read: NaN and inf behind the mask stay there.
-    Backward subtracts pbar of the largest p from all pbar first. Nothing changes, since the p sum to 1; but where one
-    p is nearly 1, pbar_i - sum_j pbar_j p_j would lose all its digits.
 """
 
 from typing import NamedTuple
@@ -43,15 +41,7 @@ def forward(
 @shaped
 def backward(dp: Shaped[Array, "*S"], saved: Saved) -> tuple[Shaped[Array, "*S"]]:
     p, axis = saved
-    if p.shape[axis]:
-        dp = dp - _at_largest(dp, p, axis)
     return (p * (dp - (dp * p).sum(axis=axis, keepdims=True)),)
-
-
-def _at_largest(dp, p, axis):
-    largest = np.expand_dims(p.real.argmax(axis=axis), axis)
-    at = np.take_along_axis(dp, largest, axis=axis)
-    return np.where(np.isfinite(at), at, 0)
 
 
 def example(draw):
