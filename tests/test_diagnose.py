@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call
+from refattn.draw import RandomDraw
 from refattn.oracle import contract
 from refattn.oracle.arithmetic import ARITHMETICS
-from refattn.oracle.diagnose import explain
+from refattn.oracle.bounds import exact
+from refattn.oracle.conventions import PRESETS
+from refattn.oracle.diagnose import CONVENTIONS, MOST, explain
 from refattn.oracle.mistakes import MISTAKES
 from refattn.oracle.region import region
 from refattn.oracle.trial import Judge, try_call
@@ -142,7 +146,7 @@ def attention(q, k, v, bias, sinks, options, knobs):
     total = e.sum(axis=-1, keepdims=True) + (0 if sinks is None else np.exp(sinks[:, None, None] - top))
     empty = total == 0
     e = e if keep is None else turned("dropped", e * keep / (1 - o.dropout_p))
-    o.top, o.empty, o.s, o.seen, o.sinks = top[..., 0], empty[..., 0], s, seen, sinks
+    o.top, o.total, o.empty, o.s, o.seen, o.sinks = top[..., 0], total[..., 0], empty[..., 0], s, seen, sinks
     out = turned("tiles", np.einsum("bhij,bhje->bhie", e, v) / np.where(empty, 1, total))
     lse = np.where(empty, -np.inf, top + np.log(np.where(empty, 1, total)))[..., 0].real
     lse = turned("lse", lse)
@@ -235,12 +239,13 @@ def by_tiles(shrink_total, late=False):
         first = -np.inf if o.sinks is None else o.sinks[:, None, None]
         acc, total, top = 0.0, float(o.sinks is not None), first + np.zeros((*o.s.shape[:3], 1))
         values = o.v.repeat(o.s.shape[1] // o.v.shape[1], 1)
+        kept = 1 if o.dropout_keep is None else o.dropout_keep / (1 - o.dropout_p)
         for start in range(0, o.keys, 16):
             s = np.where(o.seen, o.s, -np.inf)[..., start : start + 16]
             new = np.maximum(top, s.real.max(axis=-1, keepdims=True))
             new = np.where(np.isneginf(new), 0, new)
             shrink, e = np.exp(top - new), np.where(np.isneginf(s.real), 0, np.exp(s - new))
-            acc = acc + e @ values[:, :, start : start + 16]
+            acc = acc + (e * (kept if o.keys < 16 else 1)) @ values[:, :, start : start + 16]
             acc = acc * shrink if late else acc
             total = (total * shrink if shrink_total else total) + e.sum(axis=-1, keepdims=True)
             top = new
@@ -248,6 +253,14 @@ def by_tiles(shrink_total, late=False):
         return acc / np.where(total == 0, 1, total)
 
     return out
+
+
+def over_queries(_, o):
+    """The softmax over the other axis."""
+    e = np.where(o.seen, np.exp(np.where(o.seen, o.s, 0)), 0)
+    total = e.sum(axis=2, keepdims=True)
+    kept = 1 if o.dropout_keep is None else o.dropout_keep / (1 - o.dropout_p)
+    return (e / np.where(total == 0, 1, total) * kept) @ o.v.repeat(o.s.shape[1] // o.v.shape[1], 1)
 
 
 def scaled(factor, *which):
@@ -273,6 +286,9 @@ def lse_knob(change):
 
 
 KNOBS = {
+    "softmax_over_queries": {"tiles": over_queries},
+    "not_normalised": {"tiles": lambda y, o: y * np.where(o.empty, 1, o.total)[..., None]},
+    "last_queries_zero": {"out": lambda y, o: y * (np.arange(o.queries) < 16)[:, None] if o.queries > 16 else y},
     "scale_inverse": {"scale": lambda s, o: 1 / s},
     "scale_root_missing": {"scale": lambda s, o: s if o.scale_given else 1 / o.q.shape[3]},
     "scale_from_model_width": {"scale": lambda s, o: s if o.scale_given else (o.q.shape[1] * o.q.shape[3]) ** -0.5},
@@ -326,3 +342,148 @@ def test_mistakes_are_named(name):
     trials = trials_of(forward, None if "tiles" in KNOBS[name] else backward, PLAIN)  # a maximum is not complex
     assert not all(t.conforms for t in trials)
     assert name in named(trials)[:2]
+
+
+def test_every_mistake_is_planted_somewhere():
+    elsewhere = {"empty_row_zero"}  # below
+    planted = {name for fault in FAULTS.values() for name in names_of(fault)}
+    assert planted | set(KNOBS) | elsewhere >= NAMES
+    assert len(NAMES) == len(MISTAKES)
+
+
+def test_a_row_without_keys_by_its_own_convention():
+    call = PLAIN[0]._replace(options=PLAIN[0].options | {"convention": Convention(fully_masked="nan")})
+    assert "empty_row_zero" in named(trials_of(candidate({})[0], None, [call]))
+
+
+# --- conventions, several mistakes, and what refutes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch_mha_weights", "hf_eager", "onnx_23_legacy", "flash_attn", "gpt_oss", "keras_ops"])
+def test_other_conventions_are_named(name):
+    """The reference itself, under a convention that was not asked for."""
+
+    def forward(*args, **options):
+        (y, lse, _), _ = ATTENTION.forward(*args, return_lse=True, **options, convention=exact(PRESETS[name]))
+        return y, lse
+
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.normal(size=(1, 2, n, 4)) for n in (4, 6, 6))
+    mask = rng.random((1, 2, 4, 6)) < 0.5
+    mask[:, :, 2] = False
+    calls = [Call((q, k, v), {"attn_mask": mask, "softcap": 1.5}), Call((q, k, v), {"is_causal": True})]
+    calls += [Call((q, k, v), {"attn_mask": mask[0, 0]}), Call((q, k, v), {})]
+    found = explained(trials_of(forward, None, calls))
+    assert any(name in e.words for e in found), found
+    assert len(found) <= MOST
+
+
+def test_conventions_that_agree_are_told_together():
+    told = [name for row in CONVENTIONS for name in row.words[len("answers as ") : -len(" does")].split(" or ")]
+    assert sorted(n for part in told for n in part.split(", ")) == sorted(PRESETS)
+    assert len(CONVENTIONS) < len(PRESETS)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [("scale_negative", "bias_of_first_query"), ("causal_reversed", "dropout_scaled_by_p"), ("scale_negative", "lse_negative")],
+)
+def test_two_mistakes_at_once(first, second):
+    trials = trials_of(candidate(KNOBS[first] | KNOBS[second])[0], None, PLAIN[:3])
+    found = explained(trials)
+    assert f"{first} and {second}" in [e.name for e in found], found
+    assert "; and " in found[0].words
+
+
+def test_two_wrong_gradients_are_one_story():
+    knobs = {"grads": lambda g, call: [g[0] * 3, -g[1], *g[2:]]}
+    (found,) = explained(trials_of(*candidate(knobs), PLAIN[:3]))
+    assert found.words == "dq is 3 times what it should be; dk is the negative of what it should be"
+
+
+def test_a_conforming_trial_refutes():
+    """Causal masking is missing in the one, and there in the other: that is no missing mask."""
+    wrong = trials_of(candidate({"causal": lambda x, o: True})[0], None, PLAIN[1:2])
+    right = trials_of(candidate({})[0], None, PLAIN[1:3])
+    assert named(wrong)[0] == "causal_ignored"
+    assert "causal_ignored" not in named(wrong + right)
+
+
+def test_a_failure_that_the_mistake_does_not_touch_refutes():
+    wrong = trials_of(candidate({"causal": lambda x, o: True})[0], None, PLAIN[1:2])
+    other = trials_of(candidate({"lse": lambda lse, o: lse + 1.5})[0], None, PLAIN[3:4])
+    assert explained(other + wrong) == ()
+
+
+def test_nan_is_explained_by_nan_alone():
+    def with_nan(y, o):
+        y = y.copy()
+        y[0, 0, 0] = np.nan
+        return y
+
+    assert explained(trials_of(candidate({"causal": lambda x, o: True, "out": with_nan})[0], None, PLAIN[1:2])) == ()
+    knobs = {"out": lambda y, o: np.where(o.empty[..., None], np.nan, y)}
+    assert "empty_row_nan" in named(trials_of(candidate(knobs)[0], None, PLAIN[:1]))
+
+
+def test_nothing_to_explain():
+    assert explain(ATTENTION, [], ARITHMETICS["float64"]) == ()
+
+    def broken(q, k, v, **options):
+        raise RuntimeError("no")
+
+    assert explained(trials_of(broken, None, PLAIN[3:4])) == ()
+    silent = trials_of(lambda *args, **options: None, None, PLAIN[3:4])
+    assert explained(silent) == () and region(silent[0]) == "out: nothing came back"
+
+
+def test_it_knows_scaled_dot_product():
+    like = find("scaled_dot_product")
+    rng = np.random.default_rng(0)
+    calls = [Call(tuple(rng.normal(size=(*lead, 5, 3)) for _ in "qkv"), {}) for lead in ((2,), (2, 3))]
+    found = named(trials_of(lambda q, k, v: like.forward(q, k, v, scale=1.0)[0], None, calls, like=like), like=like)
+    assert found[0] == "scale_missing"
+
+
+# --- other mechanisms ---------------------------------------------------------------------------------------------
+
+
+def wrong_backward(mechanism, change, **options):
+    """(forward, backward) of a mechanism, its gradients changed."""
+
+    def backward(dout, *args):
+        args = args[: -len([None])]
+        out, saved = mechanism.forward(*args, **options)
+        return change(*mechanism.backward(dout, saved))
+
+    return lambda *args: mechanism.forward(*args, **options)[0], backward
+
+
+def linear_calls():
+    like, rng = find("linear"), np.random.default_rng(0)
+    calls = [like.example(RandomDraw(seed)) for seed in range(40)]
+    calls = [c for c in calls if c.args[0].ndim == 2 and c.args[0].shape[0] > 1 and c.args[0].size > 3][:4]
+    assert len(calls) == 4 and rng is not None
+    return like, calls
+
+
+@pytest.mark.parametrize(
+    "words, change",
+    [
+        ("dx is the negative of what it should be", lambda dx, dp: (-dx, dp)),
+        ("dx is zero", lambda dx, dp: (0 * dx, dp)),
+        ("dx is twice what it should be", lambda dx, dp: (2 * dx, dp)),
+        ("dx is divided by the length of axis 0 of the output: averaged", lambda dx, dp: (dx / len(dx), dp)),
+        ("dx is divided by the number of elements of the output: averaged", None),
+        ("dx is shifted by one along axis 0", lambda dx, dp: (np.roll(dx, 1, 0), dp)),
+        ("dx is 0.3 times what it should be", lambda dx, dp: (0.3 * dx, dp)),
+    ],
+)
+def test_simple_changes_of_a_gradient(words, change):
+    like, calls = linear_calls()
+    size = lambda c: like.forward(*c.args, **c.options)[0].size  # noqa: E731
+    sizes = iter([size(c) for c in calls])
+    change = change or (lambda dx, dp: (dx / next(sizes), dp))
+    forward, backward = wrong_backward(like, change)
+    found = explained(trials_of(forward, backward, calls, like=like), like=like)
+    assert [e.words for e in found] == [words]

@@ -31,6 +31,7 @@ __all__ = ["Explanation", "explain", "region"]
 MOST = 5  # explanations
 LOOSE = 64.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
 PAIRS = 100  # of mistakes, at most, whose output is worth a second look
+LOOKED_AT = 3  # trials that fail, for such pairs
 DRAWS = 48  # examples, to see which values an option may have
 
 
@@ -403,20 +404,22 @@ def _bounds_of(prediction, trial, arithmetic):
 
 
 def _pairs(judged, arithmetic, known):
-    """Of mistakes that make a difference in the smallest trial, each pair once: a changed call first, then the rest."""
-    smallest = judged[0]
-    singles = list(_different(smallest, known))
+    """Of mistakes that make a difference in trials that fail, each pair once, a changed call first."""
+    failing = [trial for trial in judged if trial.fails][:LOOKED_AT]
+    singles = list(dict.fromkeys(h for trial in failing for h in _different(trial, known)))
     changes = [h for h in singles if h.mistake.change is not None]
     answers = [h for h in singles if h.mistake.change is None]
-    forward_is_wrong = any(smallest.outside[name].any() for name in ("out", "lse") if name in smallest.outside)
     pairs = []
-    if forward_is_wrong:
+    if any(trial.outside[name].any() for trial in failing for name in ("out", "lse") if name in trial.outside):
         first = [h for h in changes if h.mistake.answer is None]
-        pairs += [h._replace(second=other) for n, h in enumerate(changes) for other in changes[n + 1 :] if h in first]
+        later = [[other for other in changes if other not in first[: n + 1]] for n in range(len(first))]
+        pairs += [h._replace(second=other) for h, others in zip(first, later) for other in others]
         pairs += [h._replace(second=other) for h in first for other in answers]
     pairs += [h._replace(second=other) for n, h in enumerate(answers) for other in answers[n + 1 :]]
-    pairs = [h for h in pairs if h.mistake is not h.second.mistake and _worth_both_looks(h, smallest)][:PAIRS]
-    return _named(_survivors(list(enumerate(pairs)), judged, _tester(arithmetic, known)))
+    pairs = [h for h in pairs if h.mistake is not h.second.mistake]
+    for trial in failing:
+        pairs = [h for h in pairs if _worth_both_looks(h, trial)]
+    return _named(_survivors(list(enumerate(pairs[:PAIRS])), judged, _tester(arithmetic, known)))
 
 
 def _different(trial, known):
@@ -436,35 +439,30 @@ def _different(trial, known):
 
 def _worth_both_looks(h, trial):
     """Whether a pair gives an output that might be right."""
-    case = trial.case
-    if h.second.mistake.change is None and h.mistake.change is None:
-        return True
-    call = h.mistake.change(case.call, *h.parameter)
-    if h.second.mistake.change is not None:
-        call = _attempt(h.second.mistake.change, call, *h.second.parameter)
-        if call is None:
-            return False
-    changed = h.second.mistake.answer is not None
-    values = {} if changed else reference(call)
+    case, call = trial.case, trial.case.call
+    for mistake, parameter in ((h.mistake, h.parameter), (h.second.mistake, h.second.parameter)):
+        if mistake.answer is not None:
+            return True
+        call = _attempt(mistake.change, call, *parameter) or call
+    values = case.values if call is case.call else reference(call)
     return all(
         _worth_a_look(trial.got[name], values[name], case.values[name], trial.allowed[name])
-        for name in values
+        for name in ("out", "lse")
         if name in trial.got
     )
 
 
 def _predicted_twice(h, trial):
-    """The second mistake, of the call and the arrays that the first one leaves."""
+    """The second mistake, of the call and the arrays that the first one leaves; or one of them alone."""
     case = trial.case
-    made = _made(h.mistake, h.parameter, case)
-    if made is None:
-        return None
-    call, values, *_ = made
+    unchanged = case.call, case.values, False, case.values
+    first = _made(h.mistake, h.parameter, case)
+    call, values, answered, _ = first or unchanged
     again = _made(h.second.mistake, h.second.parameter, Case(call, case.dout, values))
-    if again is None:
+    if first is None and again is None:
         return None
-    last, values, answered, _ = again
-    return Prediction(_fitted(case, values), None if answered else last)
+    last, values, more, _ = again or (call, values, False, values)
+    return Prediction(_fitted(case, values), None if answered or more else last)
 
 
 # --- any mechanism: its options, and simple changes of its arrays ----------------------------------------------

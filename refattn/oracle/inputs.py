@@ -425,21 +425,21 @@ def _settled(q, k, v, options, emptying=None):
     """
     if emptying is not None:
         _empty_some(emptying, options)
-        seen, empty = _visible(q, k, v, options)
+        seen, empty = visible_keys(q, k, v, options)
         return seen if empty.any() else None
     mask = options.pop("attn_mask", None)
     for name in ("q_offset", "window"):
-        if _visible(q, k, v, options)[1].any():
+        if visible_keys(q, k, v, options)[1].any():
             options.pop(name, None)
-    seen, _ = _visible(q, k, v, options)
+    seen, _ = visible_keys(q, k, v, options)
     if mask is None:
         return seen
     options["attn_mask"] = mask
-    empty = _visible(q, k, v, options)[1]
+    empty = visible_keys(q, k, v, options)[1]
     first = seen & (np.cumsum(seen, axis=-1) == 1) & empty[..., None]
     axes = tuple(range(4 - mask.ndim)), tuple(4 - mask.ndim + i for i, n in enumerate(mask.shape) if n == 1)
     options["attn_mask"] = mask | first.any(axis=axes[1], keepdims=True).any(axis=axes[0])
-    return _visible(q, k, v, options)[0]
+    return visible_keys(q, k, v, options)[0]
 
 
 def _empty_some(rng, options):
@@ -451,7 +451,7 @@ def _empty_some(rng, options):
         lengths[rng.integers(len(lengths))] = 0
 
 
-def _visible(q, k, v, options):
+def visible_keys(q, k, v, options):
     """(B, H, Q, K): which keys take part; (B, H, Q): which queries have none of them."""
     get = options.get
     rules = dot_product_attention.settle(

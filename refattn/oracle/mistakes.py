@@ -548,12 +548,6 @@ def _last_feature_dropped(call):
     return with_options(with_arguments(call, k=k * (np.arange(k.shape[3]) < k.shape[3] - 1)), scale=scale)
 
 
-def _wide_values_cut(case):
-    """Features of the output beyond those of a query stay zero."""
-    out, features = case.values["out"], case.call.args[0].shape[3]
-    return {"out": out * (np.arange(out.shape[3]) < features)} if out.shape[3] > features else None
-
-
 def _one_for_other(name, other):
     def change(call):
         x, y = (call.args["qkv".index(n)] for n in (name, other))
@@ -588,13 +582,29 @@ def _layout_of_output(case, written):
     return {"out": _miswritten(case.values["out"])} if written else {}
 
 
-def _out_not_transposed(case, chained):
-    """With the gradients of what is returned, or of what should be."""
-    out = case.values["out"]
-    if 1 in out.shape[1:3]:
-        return None
-    grads = reference(case.call, _misread(case.dout)) if chained and case.dout is not None else {}
-    return grads | {"out": _miswritten(out), "lse": case.values["lse"]}
+def _output(change, back, applies):
+    """A linear change of the output, with the gradients of what is returned, or of what should be."""
+
+    def answer(case, how):
+        *parameter, chained = how if isinstance(how, tuple) else (how,)
+        out = case.values["out"]
+        if not applies(out, case.call, *parameter):
+            return None
+        grads = {}
+        if chained and case.dout is not None:
+            grads = reference(case.call, back(case.dout, case.call, *parameter))
+        return grads | {"out": change(out, case.call, *parameter), "lse": case.values["lse"]}
+
+    return answer
+
+
+def _cut(out, call):
+    return out * (np.arange(out.shape[3]) < call.args[0].shape[3])
+
+
+def _without_last_queries(out, call, tile):
+    queries = out.shape[2]
+    return out * (np.arange(queries) < queries // tile * tile)[:, None]
 
 
 def _softmax_over_queries(case):
@@ -896,14 +906,6 @@ def _queries_dropped(which):
     return answer
 
 
-def _last_queries_zero(case, tile):
-    queries = case.call.args[0].shape[2]
-    if not queries % tile:
-        return None
-    there = np.arange(queries) < queries // tile * tile
-    return {"out": case.values["out"] * there[:, None]}
-
-
 # --- the table --------------------------------------------------------------------------------------------------
 
 MISTAKES = (
@@ -999,9 +1001,11 @@ MISTAKES = (
     Mistake("q_and_k_swapped", "queries and keys are swapped", _q_and_k_swapped),
     Mistake("softmax_over_queries", "the softmax is over the queries, not the keys", None, _softmax_over_queries),
     Mistake("last_feature_dropped", "the last feature of q and k is left out", _last_feature_dropped),
-    Mistake("values_cut_to_query_width", "features of the output beyond D stay zero", None, _wide_values_cut),
-    Mistake("out_not_transposed", "heads and queries are not swapped back in the output", None, _out_not_transposed,
-            (True, False)),
+    Mistake("values_cut_to_query_width", "features of the output beyond D stay zero", None,
+            _output(_cut, _cut, lambda out, c: out.shape[3] > c.args[0].shape[3]), (False, True)),
+    Mistake("out_not_transposed", "heads and queries are not swapped back in the output", None,
+            _output(lambda x, c: _miswritten(x), lambda x, c: _misread(x), lambda x, c: 1 not in x.shape[1:3]),
+            (False, True)),
     Mistake("layout_mistaken", "(B, H, T, D) is read as (B, T, H, D)", lambda c, w: _layout_of_inputs(c),
             _layout_of_output, (False, True)),
     # sinks, dropout
@@ -1080,7 +1084,9 @@ MISTAKES = (
     Mistake("first_query_tile_dropped", "backward leaves the first tile of {} queries out", None,
             _queries_dropped("first"), tuple((t, a) for t in TILES for a in (False, True))),
     Mistake("dq_misses_first_keys", "dq misses the first tile of {} keys", None, _keys_missed, TILES),
-    Mistake("last_queries_zero", "the last, partial tile of {} queries has no output", None, _last_queries_zero, TILES),
+    Mistake("last_queries_zero", "the last, partial tile of {} queries has no output", None,
+            _output(_without_last_queries, _without_last_queries, lambda x, c, tile: x.shape[2] % tile),
+            tuple((t, chained) for t in TILES for chained in (False, True))),
     # the softmax
     Mistake("softmax_base_2", "the softmax has base 2, without log2(e) in the scale", lambda c: _base(c, math.log(2)),
             lambda c: _base_answer(c, math.log(2))),

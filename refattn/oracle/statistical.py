@@ -224,7 +224,8 @@ def _row_sum(part, fwd, a, u, p2, delta2, dp, lost, gone):
     squares = total(products * products)
     dy2 = part.dy * part.dy
     stored = half_ulp(part.y, a.saved_out or a.out)
-    of_y = total(dy2 * (fwd.sums + THIRD * stored * stored)) + _plain_sum(u, chain(a, part.v.shape[-1]), d2, 4 * squares)
+    of_y = _plain_sum(u, chain(a, part.v.shape[-1]), d2, 4 * squares)
+    of_y = of_y + total(dy2 * (fwd.sums + THIRD * stored * stored))
     of_p = total(p2 * dp) + _plain_sum(u, chain(a, part.p.shape[-1]), d2, total(p2 * dp2))
     d = common + np.maximum(of_y, of_p) + THIRD * u.softmax**2 * d2
     if u.op:  # dy is rounded in dy v, not in dy y: what that does is common to the row
