@@ -1,4 +1,4 @@
-"""How good the judge is at dot-product attention: right kernels accepted, planted bugs caught. Both on emulated kernels.
+"""How good the judge is at dot-product attention: right kernels accepted, planted bugs caught, on emulated kernels.
 
     python -m benchmarks.judge soundness [--sizes 40,200] [--seeds 1] [--arithmetics ...] [--families ...] [--json FILE]
     python -m benchmarks.judge power [--sizes 200] [--arithmetics bf16_flash] [...]
