@@ -438,15 +438,17 @@ def _different(trial, known):
 
 
 def _worth_both_looks(h, trial):
-    """Whether a pair gives an output that might be right."""
-    case, call = trial.case, trial.case.call
-    for mistake, parameter in ((h.mistake, h.parameter), (h.second.mistake, h.second.parameter)):
+    """Whether the output and the lse of a pair might be right."""
+    call, both = trial.case.call, ((h.mistake, h.parameter), (h.second.mistake, h.second.parameter))
+    for mistake, parameter in both:
+        if mistake.change is not None:
+            call = _attempt(mistake.change, call, *parameter) or call
+    values = trial.case.values if call is trial.case.call else reference(call)
+    for mistake, parameter in both:
         if mistake.answer is not None:
-            return True
-        call = _attempt(mistake.change, call, *parameter) or call
-    values = case.values if call is case.call else reference(call)
+            values = values | (_attempt(mistake.answer, Case(call, None, values), *parameter) or {})
     return all(
-        _worth_a_look(trial.got[name], values[name], case.values[name], trial.allowed[name])
+        _worth_a_look(trial.got[name], values[name], trial.case.values[name], trial.allowed[name])
         for name in ("out", "lse")
         if name in trial.got
     )
