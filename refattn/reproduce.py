@@ -65,9 +65,11 @@ def script(report):
     trial, names = report.smallest, _names(report)
     inputs = names[: len(trial.call.args)]
     wrong = [v for v in trial.verdicts if not v.conforms and v.kind != OUTSIDE]
-    gradients = [v for v in wrong if _is_gradient(trial, inputs, v.name) or v.name in ("call", "arguments")]
-    if report.framework != "torch" and len(report.spec or ()) < 4 and len(gradients) < len(wrong):
-        wrong, gradients = [v for v in wrong if v not in gradients], []  # without a backward that can be imported
+    backward = report.framework == "torch" or len(report.spec or ()) == 4  # can be had
+    late = ("call", "arguments") if backward else ("call",)  # it may be the backward pass that does it
+    gradients = [v for v in wrong if v.name in late or _is_gradient(trial, inputs, v.name)]
+    if not backward and len(gradients) < len(wrong):
+        wrong, gradients = [v for v in wrong if v not in gradients], []
     trial = trial if gradients else trial._replace(dout=None)
     about = Given(report.framework == "torch", report.dtype, _dtype_of_dout(report))
     checks = _checks(report, trial, inputs, about, wrong)
@@ -94,11 +96,15 @@ def _is_gradient(trial, inputs, name):
 
 
 def _names(report):
-    """The names of the arguments; they have none where the reference is unknown here."""
+    """Of the arguments. Of an unknown reference they are those of the gradients, or x0, x1, ..."""
     try:
         return contract.parameter_names(find(report.like))
     except KeyError:
-        return [f"x{i}" for i in range(len(report.smallest.call.args))]
+        trial = report.smallest
+        heads = list(dict.fromkeys(name.partition(".")[0] for name in trial.expected))
+        due = [i for i, x in enumerate(trial.call.args) if any(leaf.dtype.kind == "f" for _, leaf in leaves(x))]
+        known = {} if trial.dout is None else {i: head[1:] for i, head in zip(due, heads[-len(due) :])}
+        return [known.get(i, f"x{i}") for i in range(len(trial.call.args))]
 
 
 def _dtype_of_dout(report):
@@ -197,7 +203,7 @@ def _numbers(x, dtype):
     if x.size == 0:
         return f"np.zeros({x.shape}, {dtype!r})"
     if x.size <= LITERAL:
-        text = pprint.pformat(x.tolist(), width=WIDTH, compact=True)
+        text = pprint.pformat(x.tolist(), width=WIDTH - 25, compact=True)
         return f"np.array({text}, {dtype!r})" if "\n" not in text else f"np.array(\n{text},\n{dtype!r},\n)"
     kind = {"f": "<f8", "b": "|b1"}.get(x.dtype.kind, "<i8")
     return f"np.array({_packed(x, kind)}, {dtype!r})"
@@ -275,7 +281,7 @@ def _checks(report, trial, inputs, about, wrong):
         elif not v.problem:
             lines.append(f"fits({v.name!r}, {got}, {v.index!r}, {float(v.expected)!r}, {float(v.allowed)!r})")
         else:
-            holds = f"{got} is not None and tuple({got}.shape) == {expected.shape}"
+            holds = f"tuple(getattr({got}, 'shape', '?')) == {expected.shape}"
             due = v.problem.rpartition(", expected ")[2] if v.problem.startswith("has dtype") else ""
             holds += f' and str({got}.dtype).rpartition(".")[2] == {due!r}' if due in FORMATS else ""
             structure.append(f"assert {holds}, {f'{v.name} {v.problem}'!r}")

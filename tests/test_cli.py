@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it ends."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -285,6 +286,24 @@ def test_arithmetic_convention_and_families(refattn_cli, files):
     assert content["families"] == {"gaussian": 4} and content["convention"] == "torch_sdpa"
     status, out, _ = refattn_cli(*command, "--arithmetic", "f16_upcast", "--dtype", "float32")
     assert "numpy float32, arithmetic f16_upcast" in out and content["arithmetic"] == "f16_upcast", out
+
+
+def test_bfloat16(refattn_cli, files, monkeypatch):
+    (files / "kernel.py").write_text(
+        "import numpy as np\n"
+        "def attend(q, k, v):\n"
+        "    q, k, v, dtype = *(x.astype(float) for x in (q, k, v)), q.dtype\n"
+        "    s = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])\n"
+        "    p = np.exp(s - s.max(axis=-1, keepdims=True))\n"
+        "    return (p / p.sum(axis=-1, keepdims=True) @ v).astype(dtype)\n"
+    )
+    command = ("check", "kernel.py:attend", "--like", "scaled_dot_product", "--dtype", "bfloat16", "--examples", 4)
+    if importlib.util.find_spec("ml_dtypes"):
+        status, out, err = refattn_cli(*command)
+        assert status == 0 and "numpy bfloat16, arithmetic bf16_eager: conforms" in out, out + err
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    status, out, err = refattn_cli(*command)
+    assert status == 2 and out == "" and "pip install 'refattn[lowp]'" in err
 
 
 # --- check: mechanisms and frameworks ------------------------------------------------------------------------
