@@ -409,17 +409,42 @@ def _pairs(judged, arithmetic, known):
     singles = list(dict.fromkeys(h for trial in failing for h in _different(trial, known)))
     changes = [h for h in singles if h.mistake.change is not None]
     answers = [h for h in singles if h.mistake.change is None]
+    first = [h for h in changes if h.mistake.answer is None]
     pairs = []
     if any(trial.outside[name].any() for trial in failing for name in ("out", "lse") if name in trial.outside):
-        first = [h for h in changes if h.mistake.answer is None]
-        later = [[other for other in changes if other not in first[: n + 1]] for n in range(len(first))]
-        pairs += [h._replace(second=other) for h, others in zip(first, later) for other in others]
-        pairs += [h._replace(second=other) for h in first for other in answers]
-    pairs += [h._replace(second=other) for n, h in enumerate(answers) for other in answers[n + 1 :]]
-    pairs = [h for h in pairs if h.mistake is not h.second.mistake]
+        pairs += [(h, other) for n, h in enumerate(changes) for other in changes[n + 1 :] if h in first]
+        pairs += [(h, other) for h in first for other in answers]
+    pairs += [(h, other) for n, h in enumerate(answers) for other in answers[n + 1 :]]
+    pairs = [(h, other) for h, other in pairs if h.mistake is not other.mistake]
+    for trial in failing:
+        alone = {h: _seen_alone(h, trial, known) for h in singles}
+        pairs = [(h, other) for h, other in pairs if _complete(h, other, alone, set(trial.got))]
+    pairs = [h._replace(second=other) for h, other in pairs]
     for trial in failing:
         pairs = [h for h in pairs if _worth_both_looks(h, trial)]
     return _named(_survivors(list(enumerate(pairs[:PAIRS])), judged, _tester(arithmetic, known)))
+
+
+def _seen_alone(h, trial, known):
+    """Names of the arrays in which a mistake alone differs from the reference, and of those where it might be right."""
+    prediction = _predicted(h, trial, known)
+    values = trial.case.values if prediction is None else prediction.values
+    differs, right = set(), set()
+    for name, got in trial.got.items():
+        value, allowed = trial.case.values[name], trial.allowed[name]
+        if not _within(values[name], value, allowed).all():
+            differs.add(name)
+        if _worth_a_look(got, values[name], value, allowed):
+            right.add(name)
+    return differs, right
+
+
+def _complete(h, other, alone, names):
+    """Whether what only one of them changes might be right; a changed call may change whatever the other does."""
+    (differs, right), (differs_too, right_too) = alone[h], alone[other]
+    if other.mistake.change is None and not names - differs_too <= right:
+        return False
+    return h.mistake.change is not None or names - differs <= right_too
 
 
 def _different(trial, known):
