@@ -12,11 +12,12 @@ from refattn.draw import RandomDraw
 from refattn.oracle import contract
 from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.bounds import exact
+from refattn.oracle.compare import BUG, Bound, Verdict
 from refattn.oracle.conventions import PRESETS
 from refattn.oracle.diagnose import CONVENTIONS, MOST, explain
 from refattn.oracle.mistakes import MISTAKES
 from refattn.oracle.region import region
-from refattn.oracle.trial import Judge, try_call
+from refattn.oracle.trial import Judge, Trial, try_call
 from refattn.registry import find
 from tests.planted import FAULTS, kernel
 from tests.test_planted import TRIALS, drawn
@@ -493,3 +494,136 @@ def test_simple_changes_of_a_gradient(words, change):
     forward, backward = wrong_backward(like, change)
     found = explained(trials_of(forward, backward, calls, like=like), like=like)
     assert [e.words for e in found] == [words]
+
+
+@pytest.mark.parametrize("name, option, value", [("rotary", "pairing", "half"), ("group_norm", "groups", 1)])
+def test_options_that_do_nothing_are_named(name, option, value):
+    like = find(name)
+    calls = [like.example(RandomDraw(seed)) for seed in range(12)]
+
+    def forward(*args, **options):
+        return like.forward(*args, **(options | {option: value}))[0]
+
+    trials = trials_of(forward, None, calls, like=like)
+    assert not all(t.conforms for t in trials)
+    found = explained(trials, like=like)
+    assert found[0].name == f"{option}={value!r}"
+    assert found[0].words == f"answers as with {option}={value!r}, whatever is asked for"
+
+
+def test_gradients_that_are_exchanged():
+    like = find("scaled_dot_product")
+    rng = np.random.default_rng(0)
+    calls = [Call(tuple(rng.normal(size=(2, 5, 3)) for _ in "qkv"), {"scale": s}) for s in (0.4, 0.7)]
+
+    def backward(dout, q, k, v, out, scale):
+        dq, dk, dv = like.backward(dout, like.forward(q, k, v, scale=scale)[1])
+        return dq, dv, dk
+
+    def forward(*args, scale):
+        return like.forward(*args, scale=scale)[0]
+
+    found = explained(trials_of(forward, backward, calls, like=like), like=like)
+    assert [e.words for e in found] == ["dk is what dv should be; dv is what dk should be"]
+
+
+def test_gradients_of_one_item_alone():
+    like, calls = linear_calls()
+
+    def backward(dout, x, params, out):
+        only = dout * (np.arange(len(dout)) == 0)[:, None]
+        dx, _ = like.backward(dout, like.forward(x, params)[1])
+        return dx, like.backward(only, like.forward(x, params)[1])[1]
+
+    found = explained(trials_of(lambda *args: like.forward(*args)[0], backward, calls, like=like), like=like)
+    assert len(found) == 1 and "that of the first item alone, not summed" in found[0].words
+
+
+# --- where the error is -------------------------------------------------------------------------------------------
+
+SHAPE = 2, 4, 130, 64
+
+
+def place(name, shape=SHAPE, value=1.0, where=True, **wrong):
+    """The words for an error of `value` at indices along axes a, b, c, d, and everywhere along those not given."""
+    for axis, n in enumerate(shape):
+        chosen = np.isin(np.arange(n), list(wrong.get("abcd"[axis], range(n))))
+        where = where & chosen.reshape([-1 if other == axis else 1 for other in range(len(shape))])
+    return words_for(name, where, value)
+
+
+def words_for(name, where, value=1.0, lse=None):
+    expected, got = {name: np.zeros(where.shape)}, {name: np.where(where, value, 0.0)}
+    if lse is not None:
+        expected["lse"] = lse
+    bounds = {name: Bound(np.full(where.shape, 0.1))}
+    trial = Trial(Call((0, 0, 0), {}), "", None, expected, bounds, got, (Verdict(name, BUG),), "", ())
+    first, _, words = region(trial).partition(": ")
+    assert first == name
+    return words
+
+
+@pytest.mark.parametrize(
+    "words, name, wrong",
+    [
+        ("everywhere", "dq", {}),
+        ("all items, head 1 of 4, keys 64 to 79 (a tile of 16), all columns", "dk", {"b": [1], "c": range(64, 80)}),
+        ("item 0 of 2, head 1 of 4, all keys, all columns", "dk", {"a": [0], "b": [1]}),
+        ("all items, all heads, rows 0 to 127 (the first tile of 128), all columns", "out", {"c": range(128)}),
+        ("all items, all heads, the last 2 rows of 130 (the last tile of 128), all columns", "dq", {"c": [128, 129]}),
+        ("all items, all heads, rows from 96 on, all columns", "out", {"c": range(96, 130)}),
+        ("all items, all heads, the first 3 rows of 130, all columns", "out", {"c": range(3)}),
+        ("all items, all heads, rows 5 to 24, all columns", "out", {"c": range(5, 25)}),
+        ("all items, all heads, every 16th row from 5 on, all columns", "out", {"c": range(5, 130, 16)}),
+        ("all items, all heads, every 22nd row to 88, all columns", "out", {"c": range(0, 100, 22)}),
+        ("all items, all heads, row 7 of 130, all columns", "out", {"c": [7]}),
+        ("all items, all heads, the last row of 130, all columns", "out", {"c": [129]}),
+        ("all items, all heads, rows 1, 5, 6 of 130, all columns", "out", {"c": [1, 5, 6]}),
+        ("all items, all heads, all rows, 5 of 64 columns, from 1 to 20", "out", {"d": [1, 5, 6, 9, 20]}),
+        ("all items, all heads, tiles 1, 4 of 16 rows, all columns", "out", {"c": [*range(16, 32), *range(64, 80)]}),
+        ("head 2 of 4", "dsinks", {"shape": (4,), "a": [2]}),
+        ("all items, head 0 of 4, all rows", "lse", {"shape": (2, 4, 9), "b": [0]}),
+        ("item 1 of 2, all rows, all columns", "out", {"shape": (2, 9, 5), "a": [1]}),
+        ("all rows, column 3 of 5", "out", {"shape": (1, 1, 9, 5), "d": [3]}),
+    ],
+)
+def test_region_of_indices(words, name, wrong):
+    assert place(name, **wrong) == words
+
+
+def test_region_of_sparse_and_of_special_values():
+    where = np.zeros(SHAPE, bool)
+    where[0, 0, 3, 4] = where[1, 2, 9, 11] = True
+    text = place("dv", where=where)
+    assert text == "all items, heads 0, 2 of 4, keys 3, 9 of 130, columns 4, 11 of 64 (2 of 16 elements there)"
+    assert place("dv", b=[1], value=np.nan) == "NaN, all items, head 1 of 4, all keys, all columns"
+    assert place("dv", value=np.inf) == "infinite, everywhere"
+    where = np.where(np.arange(64) < 3, np.nan, 2.0) + np.zeros(SHAPE)
+    assert place("dv", value=where).startswith("NaN and wrong numbers, everywhere")
+
+
+def test_region_of_scores():
+    i, j = np.arange(6)[:, None], np.arange(8)
+    sides = {"on": j == i, "just above": j == i + 1, "just below": j == i - 1, "above": j > i, "below": j < i}
+    for words, where in sides.items():
+        found = words_for("dattn_bias", np.broadcast_to(where, (2, 3, 6, 8)))
+        assert found == f"all items, all heads, {words} the diagonal"
+    assert words_for("dattn_bias", np.broadcast_to(j == 2, (6, 8))) == "all queries, key 2 of 8"
+
+
+def test_region_of_rows_without_keys():
+    lse = np.zeros((2, 4, 9))
+    lse[:, 1, 2:4] = -np.inf
+    where = np.broadcast_to(np.isneginf(lse)[..., None], (2, 4, 9, 5))
+    assert words_for("out", where, np.nan, lse) == "NaN, all items, head 1 of 4, only rows without a key, all columns"
+    where = where.copy()
+    where[0, 0, 0, 0] = True
+    assert "without a key" not in words_for("out", where, np.nan, lse)
+
+
+def test_region_of_other_mechanisms_and_of_arrays_together():
+    like, calls = linear_calls()
+    forward, backward = wrong_backward(like, lambda dx, dp: (dx * (np.arange(len(dx)) == 1)[:, None], dp))
+    assert "dx: zero" in region(trials_of(forward, backward, calls, like=like)[0])
+    knobs = {"grads": lambda g, call: [g[0], -g[1], -g[2], *g[3:]]}
+    assert region(trials_of(*candidate(knobs), PLAIN[4:])[0]) == "dk, dv: everywhere"

@@ -11,6 +11,7 @@ the reference's own for that array, times how much larger the predicted array is
 that small.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ MOST = 5  # explanations
 LOOSE = 64.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
 PAIRS = 100  # of mistakes, at most, whose output is worth a second look
 LOOKED_AT = 3  # trials that fail, for such pairs
+SMALL = 2**18  # scores of a trial for which they are computed
 DRAWS = 48  # examples, to see which values an option may have
 
 
@@ -405,7 +407,9 @@ def _bounds_of(prediction, trial, arithmetic):
 
 def _pairs(judged, arithmetic, known):
     """Of mistakes that make a difference in trials that fail, each pair once, a changed call first."""
-    failing = [trial for trial in judged if trial.fails][:LOOKED_AT]
+    failing = [trial for trial in judged if trial.fails and _scores(trial.case.call) <= SMALL][:LOOKED_AT]
+    if not failing:
+        return []
     singles = list(dict.fromkeys(h for trial in failing for h in _different(trial, known)))
     changes = [h for h in singles if h.mistake.change is not None]
     answers = [h for h in singles if h.mistake.change is None]
@@ -423,6 +427,10 @@ def _pairs(judged, arithmetic, known):
     for trial in failing:
         pairs = [h for h in pairs if _worth_both_looks(h, trial)]
     return _named(_survivors(list(enumerate(pairs[:PAIRS])), judged, _tester(arithmetic, known)))
+
+
+def _scores(call):
+    return math.prod(call.args[0].shape[:3]) * call.args[1].shape[2]
 
 
 def _seen_alone(h, trial, known):
