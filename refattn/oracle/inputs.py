@@ -452,14 +452,15 @@ def _empty_some(rng, options):
 
 
 def visible_keys(q, k, v, options):
-    """(B, H, Q, K): which keys take part; (B, H, Q): which queries have none of them."""
+    """(B, H, Q, K): which keys take part; (B, H, Q): which queries have none of them, and are no padding."""
     get = options.get
     rules = dot_product_attention.settle(
         *("inputs:", q, k, v, None, get("attn_mask"), None, 0.0, get("scale"), get("is_causal"), get("q_offset")),
         *(get("window"), get("softcap"), get("q_seqlens"), get("kv_seqlens"), None),
     )
     i, j, shape = np.arange(q.shape[2]), np.arange(k.shape[2]), (*q.shape[:3], k.shape[2])
-    seen = dot_product_attention.visible(rules, get("attn_mask"), i, j)
+    mask = dot_product_attention.mask_at(get("attn_mask"), i, j, rules.offset)
+    seen = dot_product_attention.visible(rules, mask, i, j)
     seen = np.ones(shape, bool) if seen is None else np.broadcast_to(seen, shape)
     empty = ~seen.any(axis=-1)
     return seen, empty if rules.query_lengths is None else empty & (i < rules.query_lengths[..., 0])
@@ -539,7 +540,8 @@ def cast(tree, dtype):
     """A copy in which arrays of real numbers have this dtype."""
 
     def leaf(x):
-        return np.array(x, dtype if x.dtype.kind == "f" else x.dtype) if isinstance(x, np.ndarray) else x
+        real = isinstance(x, np.ndarray) and x.dtype.kind in "fV"  # V: of ml_dtypes
+        return np.array(x, dtype if real else x.dtype) if isinstance(x, np.ndarray) else x
 
     return tree_map(leaf, tree)
 
