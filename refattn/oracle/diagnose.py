@@ -3,8 +3,9 @@
     explain(mechanism, trials, arithmetic)      (Explanation("d_missing", "backward does not subtract ..."), ...)
 
 An explanation predicts other arrays than the reference. It holds if every array that came back, in every trial, those
-that conform too, is within the bounds of its prediction; and if somewhere the prediction is outside the bounds of the
-reference, so that the two can be told apart. The simplest comes first.
+that conform too, is within the bounds of its prediction; if somewhere the prediction is outside the bounds of the
+reference, so that the two can be told apart; and if what is wrong is nearer to it, by half at least, in sum and in
+units of the bounds. The simplest comes first.
 
 Bounds of a prediction: where it is what the reference answers to another call, those of that call. Else the largest of
 the reference's own for that array, times how much larger the predicted array is: no theorem, but mistakes are rarely
@@ -30,11 +31,14 @@ from refattn.oracle.region import region
 __all__ = ["Explanation", "explain", "region"]
 
 MOST = 5  # explanations
-LOOSE = 64.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
+LOOSE = 1024.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
 PAIRS = 100  # of mistakes, at most, whose output is worth a second look
 LOOKED_AT = 3  # trials that fail, for such pairs
 SMALL = 2**18  # scores of a trial for which they are computed
 DRAWS = 48  # examples, to see which values an option may have
+
+
+ARRAYS = "got", "allowed", "outside"  # of Judged
 
 
 class Explanation(NamedTuple):
@@ -68,6 +72,7 @@ def explain(mechanism, trials, arithmetic):
         if not judged or not judged[0].fails:
             return ()
         known, attention = {}, bool(judged[0].tiers)
+        judged = [j for j in judged if bool(j.tiers) == attention]  # calls that return scores are of the other kind
         found = _attention(judged, arithmetic, known) if attention else _options(mechanism, judged, arithmetic)
         found += [] if len(found) >= MOST else _arrays(mechanism, judged)
         if not found and attention:
@@ -103,7 +108,8 @@ def _judged(mechanism, trial):
 
 def _fits(x, expected):
     """Whether there is an array of the right shape to compare, whatever its dtype."""
-    return x is not None and expected is not None and np.shape(x) == expected.shape and expected.size > 0
+    is_array = isinstance(x, (np.ndarray, np.generic)) and expected is not None
+    return is_array and x.shape == expected.shape and expected.size > 0
 
 
 def _same(a, b):
@@ -146,21 +152,37 @@ def _told_apart(judged, prediction):
     return any(not _within(prediction[n], judged.case.values[n], judged.allowed[n]).all() for n in judged.got)
 
 
-def _survivors(hypotheses, judged, test):
-    """The hypotheses that hold in all trials, the one that fails and is smallest first, and can be told apart in one.
+def _distances(judged, prediction):
+    """How far what is wrong is from the reference, and from the prediction, in units of the bounds."""
+    total = np.zeros(2)
+    for name, wrong in judged.outside.items():
+        got, unit = judged.got[name][wrong], _size(judged.allowed[name]) or 1.0
+        for n, values in enumerate((judged.case.values, prediction)):
+            x = values[name][wrong]
+            total[n] += np.where(_same(got, x), 0, np.abs(got - x)).sum() / unit
+    return np.where(np.isnan(total), np.inf, total)
 
-    `test(hypothesis, judged)` is (holds, told apart).
+
+def _survivors(hypotheses, judged, predict):
+    """The hypotheses that hold in all trials, the one that fails and is smallest first, and make a difference.
+
+    `predict(hypothesis, judged)` is a pair: the prediction, {name: array}, and a function from a name to its bound; or
+    None, where the hypothesis says that the reference is right.
     """
-    apart = set()
+    left = {n: (h, False, np.zeros(2)) for n, h in enumerate(hypotheses)}
     for trial in judged:
-        left = []
-        for n, h in hypotheses:
-            holds, differs = test(h, trial)
-            if holds:
-                left.append((n, h))
-                apart |= {n} if differs else set()
-        hypotheses = left
-    return [h for n, h in hypotheses if n in apart]
+        for n, (h, apart, distances) in list(left.items()):
+            predicted = predict(h, trial)
+            if predicted is None:
+                if trial.fails:
+                    del left[n]
+                continue
+            values, allowed = predicted
+            if not _holds(trial, values, allowed):
+                del left[n]
+                continue
+            left[n] = h, apart or _told_apart(trial, values), distances + _distances(trial, values)
+    return [h for h, apart, (before, after) in left.values() if apart and after <= before / 2]
 
 
 # --- dot-product attention ------------------------------------------------------------------------------------
@@ -196,24 +218,22 @@ def _attention(judged, arithmetic, known):
     passes = ["both"] if judged[0].case.dout is None else list(PASSES)
     hypotheses = [
         Hypothesis(m, parameter, p)
-        for m in (*MISTAKES, *CONVENTIONS)
+        for m in MISTAKES
         for p in passes
         for parameter in ([(x,) for x in m.parameters] or [()])
     ]
-    return _named(_survivors(list(enumerate(hypotheses)), judged, _tester(arithmetic, known)))
+    hypotheses += map(Hypothesis, CONVENTIONS)
+    return _named(_survivors(hypotheses, judged, _predictor(arithmetic, known)))
 
 
-def _tester(arithmetic, known):
+def _predictor(arithmetic, known):
     """`known` remembers what a changed call gives, for all passes."""
 
-    def test(h, trial):
+    def predict(h, trial):
         prediction = _predicted(h, trial, known)
-        if prediction is None:
-            return not trial.fails, False
-        fits = _holds(trial, prediction.values, _bounds_of(prediction, trial, arithmetic))
-        return fits, fits and _told_apart(trial, prediction.values)
+        return None if prediction is None else (prediction.values, _bounds_of(prediction, trial, arithmetic))
 
-    return test
+    return predict
 
 
 def _named(hypotheses):
@@ -426,7 +446,7 @@ def _pairs(judged, arithmetic, known):
     pairs = [h._replace(second=other) for h, other in pairs]
     for trial in failing:
         pairs = [h for h in pairs if _worth_both_looks(h, trial)]
-    return _named(_survivors(list(enumerate(pairs[:PAIRS])), judged, _tester(arithmetic, known)))
+    return _named(_survivors(pairs[:PAIRS], judged, _predictor(arithmetic, known)))
 
 
 def _scores(call):
@@ -507,31 +527,30 @@ def _options(mechanism, judged, arithmetic):
     """Each option at another of the values that the mechanism's own example draws."""
     hypotheses = [(name, value) for name, values in _drawn(mechanism).items() for value in values]
 
-    def test(h, trial):
+    def predict(h, trial):
         name, value = h
         call = trial.case.call
         asked = call.options.get(name)
         if not _plain(asked) or asked == value:
-            return not trial.fails, False
+            return None
         other = call._replace(options=call.options | {name: value})
         found = _attempt(_everything, mechanism, other, trial.case.dout)
-        if found is None or any(found[0].get(n, np.empty(0)).shape != x.shape for n, x in trial.got.items()):
-            return False, False
-        values, trees = found
+        values, expected = (trial.case.values, None) if found is None else found
+        if any(values.get(n, np.empty(0)).shape != x.shape for n, x in trial.got.items()):
+            values = trial.case.values  # no such call, or no such arrays: the reference itself, which is wrong
+        bounds = {}
 
         def allowed(name):
-            if "bounds" not in trees:
-                bounds = noise_bounds_of_call(mechanism, other, trial.case.dout, trees["expected"], arithmetic)
-                trees["bounds"] = dict(_flat(*bounds, mechanism))
-            return trees["bounds"][name].least
+            if not bounds:
+                trees = noise_bounds_of_call(mechanism, other, trial.case.dout, expected, arithmetic)
+                bounds.update(_flat(*trees, mechanism))
+            return bounds[name].least
 
-        holds = _holds(trial, values, allowed)
-        return holds, holds and _told_apart(trial, values)
+        return values, allowed
 
-    found = _survivors(list(enumerate(hypotheses)), judged, test)
     return [
         Explanation(f"{name}={value!r}", f"answers as with {name}={value!r}, whatever is asked for")
-        for name, value in found
+        for name, value in _survivors(hypotheses, judged, predict)
     ]
 
 
@@ -553,10 +572,10 @@ def _plain(value):
 
 
 def _everything(mechanism, call, dout):
-    """({name: array}, {"expected": (out, gradients)}) of a call."""
+    """({name: array}, (out, gradients)) of a call."""
     out, saved = mechanism.forward(*call.args, **call.options)
     grads = None if dout is None else tuple(mechanism.backward(dout, saved))
-    return dict(_flat(out, grads, mechanism)), {"expected": (out, grads)}
+    return dict(_flat(out, grads, mechanism)), (out, grads)
 
 
 def _flat(out, grads, mechanism):
@@ -598,19 +617,17 @@ def _arrays(mechanism, judged):
 
 
 def _explains(name, change, judged):
-    apart = False
-    for trial in judged:
-        if name not in trial.got:
-            continue
-        got, value, allowed = trial.got[name], trial.case.values[name], trial.allowed[name]
+    """Whether one array is changed so in all trials."""
+
+    def predict(change, trial):
         prediction, base = change(trial)
+        value = trial.case.values[name]
         if prediction is None or prediction.shape != value.shape:
-            return False
-        base = _size(base) * _larger(prediction, value)
-        if not _within(got, prediction, base).all():
-            return False
-        apart |= not _within(prediction, value, allowed).all()
-    return apart
+            return {name: value}, None
+        return {name: prediction}, lambda _: _size(base) * _larger(prediction, value)
+
+    alone = [j._replace(**{f: {name: getattr(j, f)[name]} for f in ARRAYS}) for j in judged if name in j.got]
+    return bool(_survivors([change], alone, predict))
 
 
 def _changes(mechanism, judged, name):
@@ -701,7 +718,8 @@ def _of_item(mechanism, name, place):
             kept[place] = x[place]
             return kept
 
-        found = _attempt(_everything, mechanism, case.call, tree_map(only, case.dout))
-        return (None if found is None else found[0].get(name)), trial.allowed[name]
+        dout = tree_map(only, case.dout)
+        grads = reference(case.call, dout) if trial.tiers else _everything(mechanism, case.call, dout)[0]
+        return grads.get(name), trial.allowed[name]
 
     return change

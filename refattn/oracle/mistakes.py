@@ -987,7 +987,7 @@ MISTAKES = (
     Mistake("heads_tiled", "query head h uses shared head h % G, not h // (H / G)", _heads_tiled),
     Mistake("heads_first_only", "all query heads use the first shared head", _first_head),
     Mistake("heads_tiled_in_backward", "dk and dv are summed over the wrong query heads", None, _tiled_back),
-    Mistake("shared_heads_not_summed", "dk and dv are those of {} query head of a group, not their sum", None,
+    Mistake("shared_heads_not_summed", "dk and dv are {} over a group of query heads, not the sum", None,
             _shared_not_summed, ("the first", "the last", "the mean")),
     Mistake("keys_of_first_item", "all items use the keys of the first", _first_item("k")),
     Mistake("values_of_first_item", "all items use the values of the first", _first_item("v")),
