@@ -42,7 +42,7 @@ def arrays(draw, shape, form=FLOAT32, scale=16):
     """
     n = math.prod(shape)
     raw = draw(st.binary(min_size=n, max_size=n))
-    return round_to(np.frombuffer(raw, np.int8).reshape(shape).astype(np.float64) / scale, form)
+    return round_to(np.frombuffer(raw, np.int8).reshape(shape).astype(np.float64) / scale, form)[()]  # () is a number
 
 
 def calls(mechanism, **sizes):

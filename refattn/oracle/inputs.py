@@ -47,8 +47,8 @@ def families(mechanism):
     if not _is_attention(mechanism):
         return CHANGES
     known = FAMILIES | {"example": CHANGES["example"]}
-    if mechanism.forward is scaled_dot_product.forward:  # in the gradient of what is masked NaN stays, with options not
-        del known["poisoned_values"]
+    if mechanism.forward is scaled_dot_product.forward:  # in its gradient of what is masked 0 times NaN stays NaN
+        del known["poisoned_keys"], known["poisoned_values"]
     return known
 
 
