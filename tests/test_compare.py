@@ -66,9 +66,15 @@ def test_where_nothing_is_allowed_only_the_same_will_do():
     assert not verdict.conforms and verdict.ratio == INF
 
 
-def test_an_allowance_that_is_no_number_allows_nothing():
-    verdict = compare(Y, off((0, 1), 1e-9), np.full(Y.shape, NAN))
-    assert not verdict.conforms and verdict.index == (0, 1)
+@pytest.mark.parametrize("allowed", [NAN, INF])
+def test_an_allowance_that_is_no_number_is_outside_the_model(allowed):
+    verdict = compare(Y, off((0, 1), 1e-9), np.full(Y.shape, allowed))
+    assert verdict.kind == "OUTSIDE THE MODEL" and not verdict.conforms
+    assert verdict.problem == "nothing is predicted for 1 of 6 elements"
+    some = np.full(Y.shape, 0.1)
+    some[0, 1] = allowed
+    assert compare(Y, off((0, 2), 1), some).kind == "BUG"
+    assert compare(Y, off((0, 1), 1) + 0.2, some).kind == "BUG"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32
 from refattn.oracle.check import Report, check
 from refattn.oracle.trial import Judge, try_call
 from refattn.registry import find
-from refattn.reproduce import script
+from refattn.oracle.reproduce import script
 
 CANDIDATES = """
     import numpy as np

@@ -24,7 +24,7 @@ def run(candidate, args, options, dout):
     args = tree_map(lambda x: _tensor(x).requires_grad_(dout is not None), tuple(args))
     result = candidate(*args, **{name: tree_map(_tensor, value) for name, value in options.items()})
     result = tuple(result) if isinstance(result, list) else result
-    plain = tree_map(lambda y: y.detach().numpy() if isinstance(y, torch.Tensor) else y, result)
+    plain = tree_map(lambda y: _array(y.detach()) if isinstance(y, torch.Tensor) else y, result)
     if dout is None:
         return plain, None
     pairs = [(y, _tensor(d)) for (_, y), (_, d) in zip(leaves(result), leaves(dout)) if _differentiable(y, d)]
@@ -38,15 +38,23 @@ def run(candidate, args, options, dout):
 
 
 def _tensor(x):
-    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.dtype.name == "bfloat16":  # NumPy's is of ml_dtypes, which torch does not know
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
 
 
 def _differentiable(y, d):
     return isinstance(y, torch.Tensor) and y.requires_grad and y.shape == d.shape and y.dtype == _tensor(d).dtype
 
 
-def _array(gradient):
-    return None if gradient is None else gradient.numpy()
+def _array(x):
+    if x is None or x.dtype != torch.bfloat16:
+        return None if x is None else x.numpy()
+    import ml_dtypes
+
+    return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 # --- the targets ---------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def _collect(tier, problem):
         shapes |= {"lost_dq": (queries, features), "lost_dk": (keys, features), "lost_dv": (keys, wide)}
         shapes |= {"abs_dk": (keys, features), "abs_dv": (keys, wide)}
         if problem.bias is not None:
-            shapes |= dict.fromkeys(("dattn_bias", "abs_dattn_bias", "lost_dattn_bias"), (queries, keys))
+            names = "dattn_bias", "common_dattn_bias", "abs_dattn_bias", "lost_dattn_bias"
+            shapes |= dict.fromkeys(names, (queries, keys)) | {"row_dattn_bias": (queries, 1)}
     found = {name: np.zeros(heads + shape, np.float64 if name == "dsinks" else whole) for name, shape in shapes.items()}
     for b, some, rows in parts(problem):
         part = part_of(problem, b, some, rows)
@@ -98,9 +99,12 @@ def _collect(tier, problem):
         found["abs_dk"][b, some] += part.scale * ((part.ds * slope).swapaxes(-1, -2) @ part.q)  # made absolute below
         found["abs_dv"][b, some] += weights.swapaxes(-1, -2) @ part.dy
         if problem.bias is not None:
-            found["dattn_bias"][b, some, rows] = grads.dbias
             found["abs_dattn_bias"][b, some, rows] = np.abs(part.ds)
-            if tier is statistical:
+            if tier is worst_case:
+                found["dattn_bias"][b, some, rows] = grads.dbias
+            else:
+                for name, x in zip(("dattn_bias", "common_dattn_bias", "row_dattn_bias"), grads.dbias):
+                    found[name][b, some, rows] = x
                 found["lost_dattn_bias"][b, some, rows] = grads.lost_dbias * part.alive
     return found
 
@@ -122,10 +126,12 @@ class _Finish(NamedTuple):
         most = None
         if worst is not None:
             error = self.slack * self._worst(name, worst, value)
+            error = np.where(np.isnan(error), np.inf, error)  # an exponent may be off altogether: nothing is predicted
             most = np.where(dead, 0, error + half_ulp(value + error, form) + flush)
         if stat is None:
             return Bound(most)
         variance, lost = self._variance(name, stat, value)
+        variance = np.where(np.isnan(variance), np.inf, variance)
         sd = self.slack * np.sqrt(variance)
         error = statistical.LAMBDA * sd + self.slack * lost
         usual = np.where(dead, 0, error + half_ulp(value + error, form) + flush)
@@ -196,6 +202,8 @@ class _Finish(NamedTuple):
         if name == "dattn_bias":
             n = self._summed(value)
             variance = shrink(found[name], value.shape)
+            along_keys = value.ndim and value.shape[-1] == 1
+            variance = variance + shrink(found[f"{'row' if along_keys else 'common'}_{name}"], value.shape)
             squares = shrink(found[f"abs_{name}"] ** 2, value.shape)
             variance = variance + (n > 1) * u**2 / 3 * (n * (value**2 / 3 + squares / 6) + squares)
             return variance, shrink(found[f"lost_{name}"], value.shape)

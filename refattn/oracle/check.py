@@ -64,10 +64,13 @@ class Report(NamedTuple):
         head = f"{self.candidate} like {self.like}, {self.framework} {self.dtype}{promise}"
         lines = [f"{head}: {word} ({self.examples} examples)"]
         width = max(map(len, self.verdicts), default=0)
+        kinds, shown = max((len(_kind(v)) for v in self.verdicts.values()), default=0), None
         for name, verdict in self.verdicts.items():
-            lines.append(f"  {verdict.kind if not verdict.conforms else 'ok':4} {name:{width}}  {verdict}")
+            lines.append(f"  {_kind(verdict):{kinds}}  {name:{width}}  {verdict}")
             if not verdict.conforms:
-                lines.append(f"       {'':{width}}  so in {self.failures[name]} examples; here {verdict.example}")
+                here = "there too" if verdict.example == shown else f"here {verdict.example}"
+                lines.append(f"  {'':{kinds}}  {'':{width}}  so in {self.failures[name]} examples; {here}")
+                shown = verdict.example
         lines += [f"  explained by {e.name}: {e.words}" for e in self.explanations]
         if self.consistent_with:
             lines.append(f"  consistent with {self.consistent_with}")
@@ -98,15 +101,19 @@ class Report(NamedTuple):
 
     def to_html(self):
         """The report as one page, with maps of error over bound; needs matplotlib."""
-        from refattn.html import page
+        from refattn.oracle.html import page
 
         return page(self)
 
     def script(self):
         """A few lines that reproduce the smallest failure with NumPy and the candidate alone; "" if nothing fails."""
-        from refattn.reproduce import script
+        from refattn.oracle.reproduce import script
 
         return "" if self.smallest is None else script(self)
+
+
+def _kind(verdict):
+    return "ok" if verdict.conforms else verdict.kind
 
 
 def check(
@@ -164,9 +171,8 @@ def check(
         except contract.NotHandled as reason:
             passed_over[str(reason) or "not handled"] += 1
             continue
-        reasons = {v.problem for v in trial.verdicts if v.kind == OUTSIDE}
-        outside.update(reasons)
-        if not reasons or trial.failed:
+        outside.update({v.problem for v in trial.verdicts if v.kind == OUTSIDE})
+        if any(v.kind != OUTSIDE for v in trial.verdicts):
             trials.append(trial)
             count[family] += 1
             known |= contract.exercised(call, mechanism)
@@ -188,7 +194,7 @@ def check(
         passed_over=dict(passed_over),
         never=tuple(p for p in contract.parameter_names(mechanism) if p not in known),
         gradients=how,
-        spec=spec or _spec(candidate),
+        spec=spec or _spec(candidate, backward),
     )
 
 
@@ -201,8 +207,8 @@ def assert_conforms(candidate, like, **options):
 
 def _report(judge, trials, **known):
     verdicts, failures = {}, Counter()
-    for trial in trials:
-        for verdict in trial.verdicts:
+    for verdict in sorted((v for t in trials for v in t.verdicts), key=lambda v: v.kind == OUTSIDE):
+        if verdict.kind != OUTSIDE or verdict.name not in verdicts:  # where it is judged elsewhere, that counts
             failures[verdict.name] += not verdict.conforms
             verdicts[verdict.name] = max(verdicts.get(verdict.name, verdict), verdict, key=worse)
     report = Report(verdicts=verdicts, failures=dict(failures), accuracy=_accuracy(judge, trials), **known)
@@ -316,6 +322,7 @@ def _families(families, mechanism, example):
     return {family: (drawn(family), known[family].generic) for family in wanted}
 
 
-def _spec(candidate):
-    module, name = getattr(candidate, "__module__", None), getattr(candidate, "__qualname__", "")
-    return (module, name) if module and name.isidentifier() else None
+def _spec(*functions):
+    """(module, name) of each, where a script can import them."""
+    found = [(getattr(f, "__module__", None), getattr(f, "__qualname__", "")) for f in functions if f is not None]
+    return sum(found, ()) if all(module and name.isidentifier() for module, name in found) else None

@@ -92,13 +92,16 @@ def compare(expected, got, bound, *, name="out", dtype=None, example="", along=N
         error = np.where(same, 0, np.abs(got - expected))
         allowed = np.broadcast_to(bound.least, expected.shape)
         ratio = np.where(same, 0, error / allowed)  # inf where nothing is allowed
-    ratio = np.where(np.isnan(ratio), np.inf, ratio)
-    outside = ~(same | (error <= allowed))  # true for NaN
+    unknown = ~np.isfinite(allowed) & ~same  # nothing is predicted there
+    ratio = np.where(unknown, 0, np.where(np.isnan(ratio), np.inf, ratio))
+    outside = ~(same | unknown | (error <= allowed))  # true for NaN
     worst = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
     kind, problem = CONFORMS, ""
     if outside.any():
-        beyond = bound.worst is not None and not (same | (error <= bound.worst)).all()
+        beyond = bound.worst is not None and not (same | unknown | (error <= bound.worst)).all()
         kind = BUG if beyond or not np.isfinite(error[outside]).all() else LIKELY
+    elif unknown.any():
+        kind, problem = OUTSIDE, f"nothing is predicted for {int(unknown.sum())} of {unknown.size} elements"
     elif bound.sd is not None:
         problem = _together(name, expected, got, bound.sd, along or {}, constants)
         kind = SUSPECT if problem else CONFORMS

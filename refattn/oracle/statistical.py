@@ -119,7 +119,7 @@ class Backward(NamedTuple):
     dq: Any
     dk: Any
     dv: Any
-    dbias: Any
+    dbias: Any  # key by key; of what is common to a row; and of its sum over the keys (h, r, 1)
     dsinks: Any
     lost_dq: Any
     lost_dk: Any
@@ -202,9 +202,12 @@ def backward(part, fwd, queries):
             lost_dk = lost_dk + part.scale * (_turned(gone * part.delta) @ size_q)
     dbias = None
     if part.biased:
-        dbias = ds + p2 * d + ds_only * (fwd.lse + THIRD * u.dscore**2)
-        dbias = dbias if not part.cap_last else dx + slope**2 * (p2 * d + ds_only * fwd.lse)
+        bend2 = slope**2 if part.cap_last else 1
+        dbias = dx if part.cap_last else ds + THIRD * u.dscore**2 * ds_only
         dbias = dbias + vanished * part.alive
+        common = bend2 * (p2 * d + ds_only * fwd.lse)  # D and lse are off by one number a row
+        sums = [(x * (slope if part.cap_last else 1)).sum(axis=-1, keepdims=True) ** 2 for x in (fwd.grown, part.ds)]
+        dbias = dbias, common, sums[0] * d + sums[1] * fwd.lse
     below = part.sink_below + part.log_total
     dsinks = part.sink**2 * (part.d**2 * (fwd.lse + 6 * u.softmax**2 * (1 + below**2)) + d)
     return Backward(dq, dk, dv, dbias, dsinks, lost_dq, lost_dk, lost_dv, gate)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.attention.dot_product import dot_product_attention
+from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call, leaves, tree_map
 from refattn.oracle import contract
 from refattn.oracle.arithmetic import Arithmetic, numpy_dtype
@@ -68,7 +69,7 @@ def try_call(judge, call, family="example", chance=False, seed=(0,)):
         return Trial(call, family, dout, {}, {}, {}, (problem,), words, tuple(seed))
     canonical = as_dot_product(judge.mechanism, call)
     judged = _attention if canonical is not None else _by_noise
-    due, along, outside = judged(judge, call, dout, result, grads, chance, seed)
+    due, along, outside = judged(judge, call, dout, result, grads, family if chance else "", seed)
     verdicts, constants = [], of_constants(judge.arithmetic)
     for name, expected, bound, got in due:
         if outside:
@@ -126,15 +127,21 @@ def _dtype(judge, name):
 # --- what is due: rows of (name, expected, bound, what the candidate has there or None) -------------------------
 
 
-def _attention(judge, call, dout, result, grads, chance, seed):
-    """Of dot-product attention, by the closed form; lse is judged wherever it comes back."""
+TOGETHER = "gaussian"  # the family on whose numbers all errors of an array are judged together, too
+
+
+def _attention(judge, call, dout, result, grads, family, seed):
+    """Of dot-product attention, by the closed form; lse is judged wherever it comes back.
+
+    `family` is that of numbers left to chance, or "".
+    """
     canonical = as_dot_product(judge.mechanism, call)
     wide = None if dout is None else dout.reshape(*canonical.args[0].shape[:3], dout.shape[-1])
     values = reference(canonical, wide)
     outside = outside_the_model(canonical, values, judge.arithmetic)
     bounds = {}
     if not outside:
-        bounds = attention_bounds(canonical, wide, judge.arithmetic, ("worst", "stat")[: 1 + chance], values)
+        bounds = attention_bounds(canonical, wide, judge.arithmetic, ("worst", "stat") if family else ("worst",), values)
     several = isinstance(result, (tuple, list))
     theirs = {"out": (result[0] if len(result) else None) if several else result}
     shapes = {"out": (*call.args[0].shape[:-1], call.args[2].shape[-1]), "lse": call.args[0].shape[:-1]}
@@ -148,12 +155,34 @@ def _attention(judge, call, dout, result, grads, chance, seed):
     def shaped(name, x):
         return None if x is None else x.reshape(shapes[name])
 
-    due = [
-        (name, shaped(name, values[name]), Bound(*(shaped(name, x) for x in bounds.get(name, Bound()))), got)
-        for name, got in theirs.items()
-    ]
-    along = {"out": {"along the scale, by {:.2g} of it": shaped("out", _along_scale(canonical))}} if chance else {}
+    a = judge.arithmetic
+    one_sided = a.operands_truncate or a.accumulator_truncates
+    together = family == TOGETHER and not one_sided
+    skipping = _skipping(canonical, wide)
+    due, along = [], {}
+    for name, got in theirs.items():
+        bound = bounds.get(name, Bound())
+        bound = Bound(*(shaped(name, x) for x in (bound if together else bound._replace(sd=None))))
+        expected = shaped(name, values[name])
+        if name in skipping and np.shape(got) == expected.shape:  # NaN, or as if it were not there: both are right
+            took = np.isnan(expected) & ~np.isnan(np.asarray(got, np.float64))
+            expected = np.where(took, shaped(name, skipping[name]), expected)
+        due.append((name, expected, bound, got))
+    if together and not outside:
+        along["out"] = {"along the scale, by {:.2g} of it": shaped("out", _along_scale(canonical))}
     return due, along, outside
+
+
+def _skipping(call, dout):
+    """What comes of a call with NaN or inf where masked keys are left out; nothing where that was settled, or is none.
+
+    Whether what is masked is multiplied by 0, so that NaN survives, or skipped, nobody promises unless a convention
+    is asked for; and a kernel of tiles does both.
+    """
+    if "convention" in call.options or all(np.isfinite(x).all() for x in call.args[:3]):
+        return {}
+    skip = Convention(masked_values="skip", mask_op="replace")
+    return reference(call._replace(options=call.options | {"convention": skip}), dout)
 
 
 def _along_scale(call):
@@ -165,7 +194,7 @@ def _along_scale(call):
     return np.nan_to_num(y.imag / STEP, nan=0, posinf=0, neginf=0)
 
 
-def _by_noise(judge, call, dout, result, grads, chance, seed):
+def _by_noise(judge, call, dout, result, grads, family, seed):
     mechanism, names = judge.mechanism, contract.parameter_names(judge.mechanism)
     out, saved = mechanism.forward(*call.args, **call.options)
     expected = None if dout is None else tuple(mechanism.backward(dout, saved))

@@ -210,8 +210,10 @@ def _in_common(v, keep, rules):
     rest = rules.convention.fully_masked == "zero_probs" or rules.convention.masked_values == "skip"
     if keep is not None or rest or not v.shape[2]:  # pbar would change here and there
         return np.zeros_like(v[:, :, :0].sum(axis=2, keepdims=True))
-    first = v[:, :, :1]
-    return np.where(np.isfinite(first), first, 0)
+    size = (v.real * v.real).sum(axis=-1, keepdims=True)  # of the smallest value: masked ones may be huge
+    at = np.where(np.isnan(size), INF, size).argmin(axis=2, keepdims=True)
+    smallest = np.take_along_axis(v, at, axis=2)
+    return np.where(np.isfinite(smallest), smallest, 0)
 
 
 def _at_largest(dsoftmax, softmax):
