@@ -38,9 +38,6 @@ SMALL = 2**18  # scores of a trial for which they are computed
 DRAWS = 48  # examples, to see which values an option may have
 
 
-ARRAYS = "got", "allowed", "outside"  # of Judged
-
-
 class Explanation(NamedTuple):
     name: str
     words: str
@@ -626,7 +623,7 @@ def _explains(name, change, judged):
             return {name: value}, None
         return {name: prediction}, lambda _: _size(base) * _larger(prediction, value)
 
-    alone = [j._replace(**{f: {name: getattr(j, f)[name]} for f in ARRAYS}) for j in judged if name in j.got]
+    alone = [j._replace(got={name: j.got[name]}, outside={name: j.outside[name]}) for j in judged if name in j.got]
     return bool(_survivors([change], alone, predict))
 
 
@@ -653,7 +650,7 @@ def _changes(mechanism, judged, name):
     yield (f"is {words}", f"are {words}", "averaged"), times(lambda t: 1 / _first(t).size)
     for other in judged[0].case.values:
         if other != name:
-            yield (f"is what {other} should be", f"are what {other} should be", f"is {other}"), _exchanged(other)
+            yield (f"is what {other} should be", f"are what {other} should be", f"is {other}"), _exchanged(name, other)
     for what, move in _MOVES.items():
         for axis in range(judged[0].case.values[name].ndim):
             words = what.format(axis)
@@ -685,9 +682,9 @@ def _fitted_factor(trial, name):
     return float(np.sum(got[usable] * value[usable]) / square) if square else 1.0
 
 
-def _exchanged(other):
+def _exchanged(name, other):
     def change(trial):
-        return trial.case.values.get(other), trial.allowed.get(other, np.zeros(1))
+        return trial.case.values.get(other), trial.allowed.get(other, trial.allowed[name])
 
     return change
 

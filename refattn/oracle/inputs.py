@@ -552,13 +552,15 @@ def cast_call(call, dtype):
 
 
 def rounded(call, form):
-    """The call in float64, with numbers that a Format, or a dtype, holds exactly."""
+    """The call in float64, with numbers that a Format, or a dtype, holds exactly; the largest where one overflows."""
     if not isinstance(form, Format):
         return cast_call(cast_call(call, form), np.float64)
     call = cast_call(call, np.float64)
 
     def leaf(x):
-        return round_to(x, form) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+        if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+            return x
+        return round_to(np.where(np.isfinite(x), np.clip(x, -form.largest, form.largest), x), form)
 
     return Call(tree_map(leaf, call.args), {name: tree_map(leaf, value) for name, value in call.options.items()})
 
