@@ -34,6 +34,7 @@ MOST = 5  # explanations
 LOOSE = 1024.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
 PAIRS = 100  # of mistakes, at most, whose output is worth a second look
 LOOKED_AT = 3  # trials that fail, for such pairs
+UNDONE = 8.0  # one of them may change the output by so many times what is wrong in the end
 SMALL = 2**18  # scores of a trial for which they are computed
 DRAWS = 48  # examples, to see which values an option may have
 
@@ -428,6 +429,7 @@ def _pairs(judged, arithmetic, known):
     if not failing:
         return []
     singles = list(dict.fromkeys(h for trial in failing for h in _different(trial, known)))
+    singles = [h for h in singles if all(_small_enough(h, trial, known) for trial in failing)]
     changes = [h for h in singles if h.mistake.change is not None]
     answers = [h for h in singles if h.mistake.change is None]
     first = [h for h in changes if h.mistake.answer is None]
@@ -448,6 +450,19 @@ def _pairs(judged, arithmetic, known):
 
 def _scores(call):
     return math.prod(call.args[0].shape[:3]) * call.args[1].shape[2]
+
+
+def _small_enough(h, trial, known):
+    """Whether a mistake changes the output and the lse no more than they are wrong, but for what a second may undo."""
+    prediction = _predicted(h, trial, known)
+    if prediction is None:
+        return True
+    for name in {"out", "lse"} & set(trial.got):
+        value, allowed = trial.case.values[name], trial.allowed[name]
+        changed, wrong = (_size(x - value) for x in (prediction.values[name], trial.got[name]))
+        if not changed <= UNDONE * wrong + _size(allowed):
+            return False
+    return True
 
 
 def _seen_alone(h, trial, known):
