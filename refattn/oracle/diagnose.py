@@ -512,11 +512,13 @@ def _worth_both_looks(h, trial):
     for mistake, parameter in both:
         if mistake.answer is not None:
             values = values | (_attempt(mistake.answer, Case(call, None, values), *parameter) or {})
-    return all(
-        _worth_a_look(trial.got[name], values[name], trial.case.values[name], trial.allowed[name])
-        for name in ("out", "lse")
-        if name in trial.got
-    )
+    for name in {"out", "lse"} & set(trial.got):
+        got, value, allowed = trial.got[name], trial.case.values[name], trial.allowed[name]
+        least = _size(allowed) * _larger(values[name], value)
+        nearer = _size(got - values[name]) <= max(_size(got - value), least)
+        if not nearer or not _worth_a_look(got, values[name], value, allowed):
+            return False
+    return True
 
 
 def _predicted_twice(h, trial):
