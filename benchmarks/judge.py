@@ -17,25 +17,30 @@ diagnosis: of the bugs that have a name in the table of mistakes, how many are c
 """
 
 import argparse
+import functools
 import json
 import math
+import statistics
+import time
 import zlib
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.attention.dot_product import dot_product_attention
+from benchmarks.elsewhere import IMPLEMENTATIONS
+from refattn.attention.dot_product import dot_product_attention, streaming
 from refattn.core import Call
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32, Arithmetic, round_to
-from refattn.oracle.bounds import attention_bounds, outside_the_model, reference
+from refattn.oracle.bounds import TIERS, attention_bounds, reference
+from refattn.oracle.check import EXPLAINED
 from refattn.oracle.compare import BUG, LIKELY, SUSPECT, compare
 from refattn.oracle.contract import claim, with_backward
 from refattn.oracle.diagnose import explain
 from refattn.oracle.inputs import FAMILIES, Family, Numbers, draw, draw_dout, rounded
-from refattn.oracle.trial import Judge, _along_scale, try_call
+from refattn.oracle.trial import Judge, _attention, _skipping, of_constants, try_call
 from tests.emulated import Hooks
-from tests.planted import FAULTS, KINDS, kernel
+from tests.planted import FAULTS, HELD_OUT, KINDS, kernel
 
 NAMES = "out", "lse", "dq", "dk", "dv", "dattn_bias", "dsinks"
 RULES = "worst", "stat", "stat + lse", "stat + lse + together", "assert_close", "allclose 1e-2", "twice"
@@ -97,25 +102,48 @@ def _with_empty_row(mask):
     return mask
 
 
-SETTINGS = tuple(settings(np.random.default_rng(0), 1, 1, 8, 8))
+def settings_elsewhere(rng, batch, heads, queries, keys):
+    """Those that every framework has."""
+    mask = rng.random((batch, 1, queries, keys)) < 0.7
+    mask[..., 0] = True  # no query without keys: there frameworks differ
+    return {
+        "plain": (None, False, {}),
+        "causal": (None, False, {"is_causal": True}),
+        "mask": (None, False, {"attn_mask": mask}),
+        "causal, scale": (None, False, {"is_causal": True, "scale": 0.2}),
+        "one query": (None, False, {"attn_mask": mask}),
+    }
 
 
-def calls(family, size, seeds):
-    """Yield (setting, Call, dout): as refattn.check draws them, if size is 0; else of that size, in every setting."""
+def calls(family, size, seeds, most=None, table=settings, wider=8):
+    """Yield (setting, Call, dout): as refattn.check draws them, if size is 0; else of that size, in every setting.
+
+    `most`: settings of a family other than the Gaussian, which take turns. `wider`: features of values beyond those of
+    keys.
+    """
     rule, claimed = FAMILIES[family], claim(kernel(ARITHMETICS["float32"])[0], dot_product_attention)
     for seed in range(seeds):
-        for number, setting in enumerate(SETTINGS):
+        names = list(table(np.random.default_rng(0), 1, 1, 8, 8))
+        names, found = [(i, names[i]) for i in _turns(family, seed, len(names))], 0
+        for number, setting in names:
             rng = np.random.default_rng([seed, number, zlib.crc32(family.encode())])
             if size:
-                call = _large(rule, setting, size, rng)
+                call = _large(rule, setting, size, rng, table, wider)
             else:
                 call = draw(dot_product_attention, family, claimed, [seed, number])
-            if call is not None:
+            if call is not None and (family == "gaussian" or most is None or found < most):
+                found += 1
                 shape = *call.args[0].shape[:3], call.args[2].shape[3]
                 yield setting, call, draw_dout(dot_product_attention, family, np.empty(shape), rng)
 
 
-def _large(family, setting, size, rng):
+def _turns(family, seed, count):
+    """Numbers of settings, each family beginning with another."""
+    first = list(FAMILIES).index(family) + seed if family != "gaussian" else 0
+    return [(first + i) % count for i in range(count)]
+
+
+def _large(family, setting, size, rng, table, wider):
     """A Call, unless the family needs other options."""
     lengths = {"queries": size, "keys": size + 3}
     for name in lengths:
@@ -123,12 +151,13 @@ def _large(family, setting, size, rng):
             lengths[name] = int(rng.choice(getattr(family, name)))
     queries, keys = lengths.values()
     queries = 1 if setting == "one query" else queries
-    batch, heads, features = 2 if size <= 400 else 1, 4, max(family.features)
-    shape, sinks, options = settings(rng, batch, heads, queries, keys)[setting]
+    batch, heads = ((2, 2) if rng.integers(2) else (1, 4)) if size <= 400 else (1, 2)  # as much as is affordable
+    features = max(family.features)
+    shape, sinks, options = table(rng, batch, heads, queries, keys)[setting]
     there = options.keys() | {"sinks"} if sinks else options.keys()
     if there & set(family.without) or (family.needs and not there & set(family.needs)):
         return None
-    shapes = (heads, queries, features), (2, keys, features), (2, keys, features + 8)
+    shapes = (heads, queries, features), (heads // 2, keys, features), (heads // 2, keys, features + wider)
     q, k, v = (rng.normal(size=(batch, *shape)) for shape in shapes)
     seen = dot_product_attention.forward(q, k, v, **options)[1].seen
     seen = np.ones((batch, heads, queries, keys), bool) if seen is None else seen
@@ -138,39 +167,48 @@ def _large(family, setting, size, rng):
 
 
 class Case(NamedTuple):
-    """One call with all that it is judged by."""
+    """One call with all that it is judged by, as refattn.oracle.trial has it."""
 
     family: str
-    generic: bool
     setting: str
     size: int
     call: Call  # numbers of the arithmetic's format, in float64
     dout: Any
     expected: dict
+    skipping: dict  # what is right as well, where keys that are masked are NaN
     bounds: dict
     along: dict  # name -> {words: direction}
     arithmetic: Arithmetic
 
 
-def cases(arithmetic, sizes, families=None, seeds=1, tiers=("worst", "stat")):
+def cases(arithmetic, sizes, families=None, seeds=1, **which):
     """Every family in every setting; calls on which the arithmetic predicts nothing are left out."""
     for size in sizes:
         for family in families or FAMILIES:
-            for setting, call, dout in calls(family, size, seeds):
-                case = _case(arithmetic, family, setting, size, call, dout, tiers)
+            for setting, call, dout in calls(family, size, seeds, **which):
+                case = case_of(arithmetic, family, setting, size, call, dout)
                 if case is not None:
                     yield case
 
 
-def _case(arithmetic, family, setting, size, call, dout, tiers):
-    call, dout = rounded(call, arithmetic.inputs), round_to(dout, arithmetic.out)
-    values = reference(call, dout)
-    if outside_the_model(call, values, arithmetic):
+def case_of(arithmetic, family, setting, size, call, dout):
+    """The Case of a call; None where the arithmetic predicts nothing."""
+    call, dout = rounded(call, arithmetic.inputs), rounded(Call((dout,), {}), arithmetic.out).args[0]
+    judge = Judge(None, dot_product_attention, None, arithmetic, None, True)
+    chance = family if FAMILIES[family].generic else ""
+    due, along, outside = _attention(judge, call, dout, (None, True), None, chance, (0,))  # out, and lse: both are due
+    if outside:
         return None
-    generic = FAMILIES[family].generic
-    bounds = attention_bounds(call, dout, arithmetic, tiers if generic else tiers[:1], values)
-    along = {"out": {"along the scale, by {:.2g} of it": _along_scale(call)}} if generic else {}
-    return Case(family, generic, setting, size, call, dout, values, bounds, along, arithmetic)
+    expected, bounds = ({row[0]: row[i] for row in due} for i in (1, 2))
+    return Case(family, setting, size, call, dout, expected, _skipping(call, dout), bounds, along, arithmetic)
+
+
+def expected_of(case, name, got):
+    """NaN, or as if it were not there: both are right where a masked key is NaN."""
+    expected = case.expected[name]
+    if name not in case.skipping:
+        return expected
+    return np.where(np.isnan(expected) & ~np.isnan(got), case.skipping[name], expected)
 
 
 def run(case, algorithm, fault=None, arithmetic=None, **sizes):
@@ -187,20 +225,46 @@ def run(case, algorithm, fault=None, arithmetic=None, **sizes):
 # --- soundness --------------------------------------------------------------------------------------------------
 
 
-def soundness(arithmetics, sizes, families=None, seeds=1):
-    """Rows {"arithmetic", "kernel", "family", "elements", "outside": {tier: n}, "largest": {tier: {pass: ratio}}}."""
+def soundness(arithmetics, sizes, families=None, seeds=1, most=None):
+    """Rows {"arithmetic", "kernel", "family", "runs", "elements", "outside": {tier: n}, "kinds": {kind: n}, ...}."""
     rows = {}
     for name in arithmetics:
         for words, arithmetic in models(name).items():
-            for case in cases(arithmetic, sizes, families, seeds):
+            for case in cases(arithmetic, sizes, families, seeds, most=most):
                 for right, (algorithm, tiles) in RIGHT.items():
-                    if (algorithm == "splitk") != (arithmetic.splits > 1):
-                        continue
-                    start = {"elements": 0, "outside": Counter(), "largest": defaultdict(dict)}
-                    key = words, right, case.family
-                    row = rows.setdefault(key, dict(zip(("arithmetic", "kernel", "family"), key)) | start)
-                    _count(row, case, run(case, algorithm, **tiles))
+                    if (algorithm == "splitk") == (arithmetic.splits > 1):
+                        _count(_row(rows, words, right, case), case, run(case, algorithm, **tiles))
     return list(rows.values())
+
+
+def elsewhere(sizes, families=None, seeds=1, names=None):
+    """(rows as of `soundness`, {implementation: modules that are not installed}): what frameworks compute on a CPU."""
+    missing = {name: each.missing for name, each in IMPLEMENTATIONS.items() if each.missing}
+    there = {name: IMPLEMENTATIONS[name] for name in names or IMPLEMENTATIONS if name not in missing}
+    rows, of = {}, defaultdict(dict)
+    for name, each in there.items():
+        of[each.arithmetic._replace(name="")][name] = each
+    without = {"empty_rows"}  # there frameworks differ
+    families = [family for family in families or FAMILIES if family not in without]
+    for arithmetic, implementations in of.items():
+        for case in cases(arithmetic, sizes, families, seeds, table=settings_elsewhere, wider=0):
+            arrays = [x.astype(np.float32) for x in (*case.call.args[:3], case.dout)]
+            for name, each in implementations.items():
+                _count(_row(rows, each.arithmetic.name, name, case), case, each.run(*arrays, **case.call.options))
+    return list(rows.values()), missing
+
+
+def _row(rows, arithmetic, kernel, case):
+    key = arithmetic, kernel, case.family
+    start = {
+        "runs": 0,
+        "elements": 0,
+        "outside": Counter(),
+        "largest": defaultdict(dict),
+        "kinds": Counter(),
+        "bad": [],
+    }
+    return rows.setdefault(key, dict(zip(("arithmetic", "kernel", "family"), key)) | start)
 
 
 def models(name):
@@ -213,13 +277,18 @@ def models(name):
 
 
 def _count(row, case, got):
+    row["runs"] += 1
     for name, x in got.items():
         row["elements"] += x.size
+        found = verdict(case, name, x)
+        row["kinds"][found.kind] += 1
+        if not found.conforms:
+            row["bad"].append(f"{case.setting}, {case.size}: {found.kind} {name}: {found}")
         for tier in ("worst", "stat"):
             allowed = getattr(case.bounds[name], tier)
             if allowed is None:
                 continue
-            ratio = ratios(case.expected[name], x, allowed)
+            ratio = ratios(expected_of(case, name, x), x, allowed)
             row["outside"][tier] += int((ratio > 1).sum())
             kind = "forward" if name in ("out", "lse") else "backward"
             found = row["largest"][tier]
@@ -238,11 +307,11 @@ def ratios(expected, got, allowed):
 # --- power ------------------------------------------------------------------------------------------------------
 
 
-def power(name, size, families=None, seeds=1):
+def power(name, size, families=None, seeds=1, most=None, faults=None):
     """{"rules": {rule: {"false alarms": ..., "caught": ..., "missed": ...}}, "faults": {kind: n}, ...}."""
     arithmetic = ARITHMETICS[name]
     alarms, ready = defaultdict(Counter), []
-    for case in cases(arithmetic, [size], families, seeds):
+    for case in cases(arithmetic, [size], families, seeds, most=most):
         low = low_precision(case)
         accepted = set(RULES)
         for algorithm, tiles in RIGHT.values():
@@ -254,11 +323,15 @@ def power(name, size, families=None, seeds=1):
         plain = {algorithm: run(case, algorithm) for algorithm in ("flash", "splitk")}
         ready.append((case, low, accepted, plain))
     ready.sort(key=lambda each: each[0].family != "gaussian")
-    caught = {fault: _caught(fault, ready) for fault in FAULTS}
-    live = [fault for fault, by in caught.items() if by is not None]
+    every = FAULTS | HELD_OUT
+    caught = {fault: _caught(every[fault], ready) for fault in faults or every}
+    inert, held_out = [fault for fault, by in caught.items() if by is None], {}
+    for fault in HELD_OUT.keys() & caught.keys() - set(inert):
+        held_out[fault] = {where: [rule for rule in RULES if rule in by] for where, by in caught[fault].items()}
+    live = [fault for fault in caught if fault in FAULTS and fault not in inert]
     report = {"arithmetic": name, "size": size, "cases": len(ready), "rules": {}}
     report["faults"] = dict(Counter(FAULTS[fault].kind for fault in live))
-    report["inert"] = sorted(set(FAULTS) - set(live))
+    report["inert"], report["held out"] = sorted(inert), held_out
     for rule in RULES:
         row = {"false alarms": {where: (n[rule], n["runs"]) for where, n in alarms.items()}, "caught": {}}
         for where in ("gaussian", "all"):
@@ -272,7 +345,7 @@ def power(name, size, families=None, seeds=1):
 def _caught(fault, ready):
     """{"gaussian": rules, "all": rules}; None where no bit differs on any call. The Gaussian calls come first."""
     found, moved = {"gaussian": set(), "all": set()}, False
-    algorithm = FAULTS[fault].build(Hooks()).algorithm or "flash"
+    algorithm = fault.build(Hooks()).algorithm or "flash"
     for case, low, accepted, plain in ready:
         wanted = accepted - found["all"]
         if not wanted and moved:
@@ -290,7 +363,7 @@ def _caught(fault, ready):
 @np.errstate(all="ignore")
 def judged(case, got, low):
     """The rules that object."""
-    kinds = {name: _verdict(case, name, x) for name, x in got.items()}
+    kinds = {name: verdict(case, name, x).kind for name, x in got.items()}
     values = {name: kind for name, kind in kinds.items() if name != "lse"}
     flagged = set()
     if BUG in values.values():
@@ -313,9 +386,9 @@ def judged(case, got, low):
     return flagged
 
 
-def _verdict(case, name, x):
-    bound = case.bounds[name]
-    return compare(case.expected[name], x, bound, name=name, along=case.along.get(name)).kind
+def verdict(case, name, x):
+    about = {"along": case.along.get(name), "constants": of_constants(case.arithmetic)}
+    return compare(expected_of(case, name, x), x, case.bounds[name], name=name, **about)
 
 
 @np.errstate(all="ignore")
@@ -339,40 +412,118 @@ def _largest(got, expected):
 # --- diagnosis --------------------------------------------------------------------------------------------------
 
 
-def diagnosis(name, size):
-    """{fault: names that explain it, best first}, of those faults that have a name in the table of mistakes."""
+def diagnosis(name, size, faults=None):
+    """{"faults": {fault: names that explain it, best first, or None}, "right": counts}; of faults that have a name.
+
+    None: it was not caught, on Gaussian inputs.
+    """
+    named = [fault for fault in FAULTS.values() if fault.diagnosis is not None and fault.name in (faults or FAULTS)]
+    found = {fault.name: _names(name, size, fault.build(Hooks()).algorithm or "flash", fault)[0] for fault in named}
+    right = Counter()
+    for algorithm, tiles in RIGHT.values():
+        names, count = _names(name, size, algorithm, None, **tiles)
+        right.update({"trials": count, "accused": int(names is not None), "named": int(bool(names))})
+    return {"faults": found, "right": dict(right)}
+
+
+def _names(name, size, algorithm, fault, queries=16, keys=16, **tiles):
+    """(names of explanations of what failed, or None where nothing did; how many calls were tried)."""
     arithmetic, mechanism = ARITHMETICS[name], dot_product_attention
+    forward, backward = kernel(arithmetic, algorithm, fault, queries=queries, keys=keys, **tiles)
+    judge = Judge(forward, mechanism, with_backward(backward), arithmetic, np.dtype(np.float32), True)
     drawn = [call for _, call, _ in calls("gaussian", size, 1)]
-    found = {}
-    for fault in FAULTS.values():
-        if fault.diagnosis is None:
-            continue
-        forward, backward = kernel(arithmetic, "flash", fault, queries=16, keys=16)
-        judge = Judge(forward, mechanism, with_backward(backward), arithmetic, np.dtype(np.float32), True)
-        trials = [try_call(judge, call, "gaussian", True, (0, i)) for i, call in enumerate(drawn)]
-        failed = [trial for trial in trials if trial.failed]
-        if failed:
-            found[fault.name] = [
-                x.name for x in explain(mechanism, failed + [t for t in trials if not t.failed], arithmetic)
-            ]
-        else:
-            found[fault.name] = None
-    return found
+    trials = [try_call(judge, call, "gaussian", True, (0, i)) for i, call in enumerate(drawn)]
+    failed = [trial for trial in trials if trial.failed]
+    if not failed:
+        return None, len(trials)
+    shown = [*failed[:EXPLAINED], *[trial for trial in trials if not trial.failed][:EXPLAINED]]
+    return [x.name for x in explain(mechanism, shown, arithmetic)], len(trials)
+
+
+# --- cost -------------------------------------------------------------------------------------------------------
+
+
+def cost(shapes=((1, 4, 1024, 64), (1, 1, 4096, 64), (1, 2, 200, 64)), name="bf16_flash", rounds=3):
+    """Rows of milliseconds: one tier of the bounds, and the value it belongs to, by turns; medians."""
+    rows = []
+    for shape in shapes:
+        rng, arithmetic = np.random.default_rng(0), ARITHMETICS[name]
+        q, k, v, dout = (round_to(rng.normal(size=shape), arithmetic.inputs) for _ in range(4))
+        for passes, dy in (("forward", None), ("both", dout)):
+            values = reference(Call((q, k, v), {}), dy)
+            work = {
+                "plain": functools.partial(_value, dot_product_attention, q, k, v, dy),
+                "streaming": functools.partial(_value, streaming, q, k, v, dy, jobs=1),
+                **{tier: functools.partial(_bound, (q, k, v), dy, arithmetic, tier, values) for tier in TIERS},
+            }
+            times = _by_turns(work, rounds)
+            for tier in TIERS:
+                row = {"shape": shape, "tier": tier, "passes": passes, "bound": times[tier]}
+                rows.append(row | {what: times[what] for what in ("plain", "streaming")})
+    return rows
+
+
+def _by_turns(work, rounds):
+    times = defaultdict(list)
+    for _ in range(rounds):
+        for name, function in work.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _value(mechanism, q, k, v, dout, **options):
+    _, saved = mechanism.forward(q, k, v, **options)
+    if dout is not None:
+        mechanism.backward(dout, saved)
+
+
+def _bound(args, dout, arithmetic, tier, values):
+    attention_bounds(Call(args, {}), dout, arithmetic, (tier,), values)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def print_soundness(rows):
-    print(f"{'':60}{'elements':>12}   outside: worst stat   largest: worst (fwd, bwd)   stat (fwd, bwd)")
+POISON = "nan_query", "poisoned_keys", "poisoned_values"
+
+
+def print_soundness(rows, missing=None):
+    """Families together, those with NaN apart; the family of the largest ratio is named."""
+    print(
+        f"{'largest |error| / bound':59}{'runs':>6}{'elements':>13}   outside: worst stat   worst (out, grads)", end=""
+    )
+    print("   stat (out, grads)   of family")
+    together = {}
     for row in rows:
-        what = f"{row['arithmetic']:26}{row['kernel']:20}{row['family']:14}"
-        largest = [
-            f"{row['largest'][t].get(p, math.nan):8.3f}" for t in ("worst", "stat") for p in ("forward", "backward")
+        what = f"{row['arithmetic']:33} {row['kernel']:23}", row["family"] in POISON
+        total = together.setdefault(what, {"runs": 0, "elements": 0, "worst": 0, "stat": 0, "largest": {}})
+        for name in ("runs", "elements"):
+            total[name] += row[name]
+        for tier in ("worst", "stat"):
+            total[tier] += row["outside"][tier]
+            for kind, ratio in row["largest"][tier].items():
+                known = total["largest"].get((tier, kind), (-1, ""))
+                total["largest"][tier, kind] = max(known, (ratio, row["family"]))
+    for (what, poison), total in together.items():
+        found = [
+            total["largest"].get((t, k), (math.nan, "")) for t in ("worst", "stat") for k in ("forward", "backward")
         ]
-        print(f"{what}{row['elements']:12,}{row['outside']['worst']:15}{row['outside']['stat']:5}   {''.join(largest)}")
-    total = sum(row["elements"] for row in rows)
-    print(f"all: {total:,} elements; outside", {t: sum(row["outside"][t] for row in rows) for t in ("worst", "stat")})
+        numbers = "".join(f"{ratio:10.3f}" for ratio, _ in found)
+        families = ", ".join(dict.fromkeys(family for _, family in found if family))
+        print(f"{what}{'NaN' if poison else '':4}{total['runs']:6}{total['elements']:13,}", end="")
+        print(f"{total['worst']:17}{total['stat']:5}{numbers}   {families}")
+    kinds = sum((row["kinds"] for row in rows), Counter())
+    print(
+        f"all: {sum(r['runs'] for r in rows):,} runs, {sum(r['elements'] for r in rows):,} elements; outside", end=" "
+    )
+    print({t: sum(row["outside"][t] for row in rows) for t in ("worst", "stat")}, "verdicts", dict(kinds))
+    for row in rows:
+        for line in row["bad"][:2]:
+            print(f"  {row['arithmetic']}, {row['kernel']}, {row['family']}: {line}")
+    for name, modules in (missing or {}).items():
+        print(f"  {name}: not installed: {', '.join(modules)}")
 
 
 def print_power(report):
@@ -388,45 +539,83 @@ def print_power(report):
         print(f"{rule:26}{alarms:>24}{''.join(f'{x:>16}' for x in both)}")
     print("missed by", RULES[3] + ":", ", ".join(report["rules"][RULES[3]]["missed"]) or "none")
     print("inert:", ", ".join(report["inert"]) or "none")
+    if report["held out"]:
+        both = {
+            w: {r: sum(r in by[w] for by in report["held out"].values()) for r in RULES} for w in ("gaussian", "all")
+        }
+        counts = ", ".join(f"{rule} {both['gaussian'][rule]} / {both['all'][rule]}" for rule in RULES)
+        print(f"held out, {len(report['held out'])} live: {counts}")
+        missed = [name for name, by in report["held out"].items() if RULES[3] not in by["all"]]
+        print("  missed by", RULES[3] + ":", ", ".join(sorted(missed)) or "none")
 
 
-def print_diagnosis(found):
-    right = Counter()
-    for name, named in found.items():
-        wanted = FAULTS[name].diagnosis
+def print_diagnosis(name, found):
+    faults, right = found["faults"], found["right"]
+    count = Counter()
+    for fault, named in faults.items():
+        wanted = FAULTS[fault].diagnosis
         wanted = (wanted,) if isinstance(wanted, str) else wanted
-        place = next((i for i, x in enumerate(named or ()) if x in wanted), None)
-        right["not caught" if named is None else "first" if place == 0 else "later" if place else "wrong"] += 1
+        if named is None:
+            count["not caught"] += 1
+            continue
+        place = next((i for i, x in enumerate(named) if x in wanted), None)
+        count["caught"] += 1
+        count["first"] += place == 0
+        count["among five"] += place is not None and place < 5
+        count["without a name"] += not named
+        count["only wrong names"] += bool(named) and place is None
         if place != 0:
-            print(f"  {name:36}wanted {', '.join(wanted)}; named {', '.join(named or ()) or 'none'}")
-    print("diagnosis:", dict(right))
+            print(f"  {fault:36}wanted {', '.join(wanted)}; named {', '.join(named) or 'none'}")
+    print(f"diagnosis, {name}: {len(faults)} bugs;", dict(count), "right kernels:", right)
+
+
+def print_cost(rows):
+    print(f"{'bound over value in float64':28}{'':12}{'plain, ms':>10}{'streaming':>10}{'bound':>8}", end="")
+    print(f"{'over plain':>12}{'over streaming':>16}")
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"]))
+        print(f"{shape:20}{row['tier']:8}{row['passes']:12}", end="")
+        print(f"{row['plain']:10.1f}{row['streaming']:10.1f}{row['bound']:8.1f}", end="")
+        print(f"{row['bound'] / row['plain']:12.2f}{row['bound'] / row['streaming']:16.2f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["soundness", "power", "diagnosis"])
+    parser.add_argument("what", choices=["soundness", "elsewhere", "power", "diagnosis", "cost"])
     parser.add_argument(
         "--sizes", default="200", help="queries, separated by commas (keys: three more); 0: as refattn.check draws them"
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arithmetics", default="float32,bf16_flash,f16_flash")
     parser.add_argument("--families", help="names separated by commas; all of them")
+    parser.add_argument("--most", type=int, help="settings at most of each family other than the Gaussian")
+    parser.add_argument("--faults", help="names of planted bugs separated by commas; all of them")
+    parser.add_argument("--implementations", help="names separated by ;, as benchmarks.elsewhere has them; all of them")
     parser.add_argument("--json", help="write the tables to this file as well")
     given = parser.parse_args()
     sizes, arithmetics = [int(n) for n in given.sizes.split(",")], given.arithmetics.split(",")
-    families = given.families and given.families.split(",")
+    families, faults = given.families and given.families.split(","), given.faults and given.faults.split(",")
     if given.what == "soundness":
-        results = soundness(arithmetics, sizes, families, given.seeds)
+        results = soundness(arithmetics, sizes, families, given.seeds, given.most)
         print_soundness(results)
+    elif given.what == "elsewhere":
+        names = given.implementations and given.implementations.split(";")
+        results, missing = elsewhere(sizes, families, given.seeds, names)
+        print_soundness(results, missing)
     elif given.what == "diagnosis":
-        results = {f"{name} {size}": diagnosis(name, size) for name in arithmetics for size in sizes}
-        for found in results.values():
-            print_diagnosis(found)
+        results = {}
+        for name in arithmetics:
+            for size in sizes:
+                results[f"{name} {size}"] = diagnosis(name, size, faults)
+                print_diagnosis(f"{name}, {size} queries", results[f"{name} {size}"])
+    elif given.what == "cost":
+        results = cost()
+        print_cost(results)
     else:
         results = []
         for name in arithmetics:
             for size in sizes:
-                results.append(power(name, size, families, given.seeds))
+                results.append(power(name, size, families, given.seeds, given.most, faults))
                 print_power(results[-1])
     if given.json:
         with open(given.json, "w") as file:

@@ -19,7 +19,7 @@ from refattn.oracle.arithmetic import (
     round_to,
 )
 from tests.emulated import Hooks
-from tests.planted import FAULTS, KINDS, kernel
+from tests.planted import FAULTS, HELD_OUT, KINDS, kernel
 
 NAMES = "out", "lse", "dq", "dk", "dv", "dattn_bias", "dsinks"
 SIZES = {"queries": 16, "keys": 16}
@@ -219,7 +219,7 @@ def right():
     }
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("fault", (FAULTS | HELD_OUT).values(), ids=FAULTS | HELD_OUT)
 def test_no_fault_is_inert(fault, right):
     """What is wrong in kind is far off; what is too coarse moves some bit. float32 sees what bfloat16 hides."""
     algorithm = fault.build(Hooks()).algorithm or "flash"
@@ -239,6 +239,8 @@ def test_the_catalogue_is_large_and_each_fault_another():
     assert kinds["structural"] >= 75 and kinds["precision"] >= 28 and kinds["range"] >= 12
     assert len({fault.words for fault in FAULTS.values()}) > 0.97 * len(FAULTS)
     assert all(name == fault.name for name, fault in FAULTS.items())
+    assert len(HELD_OUT) >= 16 and not FAULTS.keys() & HELD_OUT.keys()
+    assert {fault.words for fault in FAULTS.values()}.isdisjoint(fault.words for fault in HELD_OUT.values())
 
 
 def test_a_fault_in_one_pass_leaves_the_other_alone():
