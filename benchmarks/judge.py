@@ -237,17 +237,21 @@ def soundness(arithmetics, sizes, families=None, seeds=1, most=None):
     return list(rows.values())
 
 
-def elsewhere(sizes, families=None, seeds=1, names=None):
-    """(rows as of `soundness`, {implementation: modules that are not installed}): what frameworks compute on a CPU."""
-    missing = {name: each.missing for name, each in IMPLEMENTATIONS.items() if each.missing}
-    there = {name: IMPLEMENTATIONS[name] for name in names or IMPLEMENTATIONS if name not in missing}
+def elsewhere(sizes, families=None, seeds=1, some="", most=None):
+    """(rows as of `soundness`, {implementation: modules that are not installed}): what frameworks compute on a CPU.
+
+    `some`: a part of the names of those that are wanted.
+    """
+    wanted = {name: each for name, each in IMPLEMENTATIONS.items() if some in name}
+    missing = {name: each.missing for name, each in wanted.items() if each.missing}
+    there = {name: each for name, each in wanted.items() if name not in missing}
     rows, of = {}, defaultdict(dict)
     for name, each in there.items():
         of[each.arithmetic._replace(name="")][name] = each
     without = {"empty_rows"}  # there frameworks differ
     families = [family for family in families or FAMILIES if family not in without]
     for arithmetic, implementations in of.items():
-        for case in cases(arithmetic, sizes, families, seeds, table=settings_elsewhere, wider=0):
+        for case in cases(arithmetic, sizes, families, seeds, table=settings_elsewhere, wider=0, most=most):
             arrays = [x.astype(np.float32) for x in (*case.call.args[:3], case.dout)]
             for name, each in implementations.items():
                 _count(_row(rows, each.arithmetic.name, name, case), case, each.run(*arrays, **case.call.options))
@@ -491,13 +495,11 @@ POISON = "nan_query", "poisoned_keys", "poisoned_values"
 
 def print_soundness(rows, missing=None):
     """Families together, those with NaN apart; the family of the largest ratio is named."""
-    print(
-        f"{'largest |error| / bound':59}{'runs':>6}{'elements':>13}   outside: worst stat   worst (out, grads)", end=""
-    )
-    print("   stat (out, grads)   of family")
+    print(f"{'largest |error| / bound':69}{'runs':>6}{'elements':>13}   outside: worst stat", end="")
+    print("  worst (out, grads)   stat (out, grads)   in family")
     together = {}
     for row in rows:
-        what = f"{row['arithmetic']:33} {row['kernel']:23}", row["family"] in POISON
+        what = f"{row['arithmetic']:33} {row['kernel']:31}", row["family"] in POISON
         total = together.setdefault(what, {"runs": 0, "elements": 0, "worst": 0, "stat": 0, "largest": {}})
         for name in ("runs", "elements"):
             total[name] += row[name]
@@ -506,18 +508,16 @@ def print_soundness(rows, missing=None):
             for kind, ratio in row["largest"][tier].items():
                 known = total["largest"].get((tier, kind), (-1, ""))
                 total["largest"][tier, kind] = max(known, (ratio, row["family"]))
-    for (what, poison), total in together.items():
-        found = [
-            total["largest"].get((t, k), (math.nan, "")) for t in ("worst", "stat") for k in ("forward", "backward")
-        ]
+    columns = [(tier, kind) for tier in ("worst", "stat") for kind in ("forward", "backward")]
+    for (what, poison), total in sorted(together.items(), key=lambda item: item[0][1]):
+        found = [total["largest"].get(column, (math.nan, "")) for column in columns]
         numbers = "".join(f"{ratio:10.3f}" for ratio, _ in found)
         families = ", ".join(dict.fromkeys(family for _, family in found if family))
-        print(f"{what}{'NaN' if poison else '':4}{total['runs']:6}{total['elements']:13,}", end="")
+        print(f"{what}{' NaN' if poison else '':4}{total['runs']:6}{total['elements']:13,}", end="")
         print(f"{total['worst']:17}{total['stat']:5}{numbers}   {families}")
     kinds = sum((row["kinds"] for row in rows), Counter())
-    print(
-        f"all: {sum(r['runs'] for r in rows):,} runs, {sum(r['elements'] for r in rows):,} elements; outside", end=" "
-    )
+    runs, elements = (sum(row[name] for row in rows) for name in ("runs", "elements"))
+    print(f"all: {runs:,} runs, {elements:,} elements; outside", end=" ")
     print({t: sum(row["outside"][t] for row in rows) for t in ("worst", "stat")}, "verdicts", dict(kinds))
     for row in rows:
         for line in row["bad"][:2]:
@@ -590,7 +590,7 @@ def main():
     parser.add_argument("--families", help="names separated by commas; all of them")
     parser.add_argument("--most", type=int, help="settings at most of each family other than the Gaussian")
     parser.add_argument("--faults", help="names of planted bugs separated by commas; all of them")
-    parser.add_argument("--implementations", help="names separated by ;, as benchmarks.elsewhere has them; all of them")
+    parser.add_argument("--implementations", default="", help="part of their names in benchmarks.elsewhere")
     parser.add_argument("--json", help="write the tables to this file as well")
     given = parser.parse_args()
     sizes, arithmetics = [int(n) for n in given.sizes.split(",")], given.arithmetics.split(",")
@@ -599,8 +599,7 @@ def main():
         results = soundness(arithmetics, sizes, families, given.seeds, given.most)
         print_soundness(results)
     elif given.what == "elsewhere":
-        names = given.implementations and given.implementations.split(";")
-        results, missing = elsewhere(sizes, families, given.seeds, names)
+        results, missing = elsewhere(sizes, families, given.seeds, given.implementations, given.most)
         print_soundness(results, missing)
     elif given.what == "diagnosis":
         results = {}
