@@ -14,9 +14,14 @@ SUITES = {  # of the files that are no mechanism
     "derivatives": ("tests/test_core.py", "tests/test_laws.py"),
     "compare": ("tests/test_compare.py", "tests/test_check.py"),
     "noise": ("tests/test_noise.py", "tests/test_check.py"),
+    **dict.fromkeys(("bounds", "worst_case", "statistical", "attention_part", "arithmetic"), ("tests/test_bounds.py",)),
+    **dict.fromkeys(("diagnose", "mistakes", "region"), ("tests/test_diagnose.py",)),
+    "behaviour": ("tests/test_behaviour.py",),
+    "trial": ("tests/test_check.py", "tests/test_generic_power.py"),
+    "shrink": ("tests/test_check.py", "tests/test_reproduce.py"),
     "check": ("tests/test_check.py", "tests/test_cli.py"),
     "contract": ("tests/test_check.py", "tests/test_cli.py"),
-    "inputs": ("tests/test_check.py",),
+    "inputs": ("tests/test_inputs.py", "tests/test_check.py"),
 }
 OF_ALL = ("primitives", "relations", "defaults")
 OF_FAMILY = {"dot_product": ("streaming", "caches", "conventions", "heads", "positions", "normalisers")}

@@ -46,7 +46,7 @@ MUTANTS = [  # mechanism, file, what stands there, and what stands there instead
     ("cbam", cbam_spatial, "for kind in maps]", "for kind in maps[::-1]]"),
     ("cbam", cbam_spatial, "dx += davg / x.shape[1]", "dx += davg"),
     ("cbam", cbam_spatial, "return x * gate, Saved", "return x * gate * 0.9999, Saved"),
-    ("cbam", cbam_spatial, "dx, axis=1) + dmax", "dx, axis=1)"),
+    ("cbam", cbam_spatial, "winner, axis=1) + dmax", "winner, axis=1)"),
     ("cbam", cbam, "dy, dspatial = cbam_spatial", "_, dspatial = cbam_spatial"),
     ("second_order_channel", second_order_channel, "r.mean(axis=1)", "r.sum(axis=1)"),
     ("second_order_channel", second_order_channel, "r.mean(axis=1)", "r.diagonal(axis1=1, axis2=2)"),

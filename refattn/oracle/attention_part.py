@@ -217,7 +217,7 @@ def part_of(problem, b, heads, rows):
         p=silence(p, None if seen is None else computed, rules),
         kept=kept,
         sink=e_sink / total if problem.sinks is not None else as_(0),  # float64: its square may be tiny
-        sink_below=np.abs(shift - sink) if problem.sinks is not None else as_(0),
+        sink_below=np.where(e_sink > 0, np.abs(shift - sink), 0) if problem.sinks is not None else as_(0),
         **{"top": np.abs(shift).astype(as_), "log_total": np.abs(np.log(total)).astype(as_)},
         lse=np.abs(np.where(dead, 0, shift + np.log(total))).astype(as_),
         total=total.astype(as_),

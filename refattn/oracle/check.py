@@ -17,8 +17,9 @@ from refattn.oracle.bounds import attention_bounds
 from refattn.oracle.canonical import as_dot_product
 from refattn.oracle.compare import BUG, OUTSIDE, worse
 from refattn.oracle.conventions import PRESETS
-from refattn.oracle.diagnose import explain, region
+from refattn.oracle.diagnose import explain
 from refattn.oracle.noise import granularity
+from refattn.oracle.region import region
 from refattn.oracle.shrink import shrink
 from refattn.oracle.trial import Judge, plain, try_call
 from refattn.registry import find

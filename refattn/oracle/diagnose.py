@@ -26,9 +26,7 @@ from refattn.oracle.compare import OUTSIDE, Bound
 from refattn.oracle.conventions import PRESETS
 from refattn.oracle.mistakes import MISTAKES, Case, Mistake, pulled_back
 from refattn.oracle.noise import noise_bounds_of_call
-from refattn.oracle.region import region
 
-__all__ = ["Explanation", "explain", "region"]
 
 MOST = 5  # explanations
 LOOSE = 1024.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own

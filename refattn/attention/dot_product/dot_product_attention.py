@@ -187,12 +187,11 @@ def backward(
     dattn = unweigh(dy, values - centre, seen, rules) * kept + dstages.get("probs", 0)
     dv = from_heads((taken(attn, seen, rules) * kept).swapaxes(-1, -2) @ dy, v.shape[1], order)
     dsoftmax = only_real(silence(dattn, seen, rules), i, rules, 0)
-    dlargest = _at_largest(dsoftmax, softmax)
-    dsoftmax = dsoftmax - dlargest
-    share = 0  # of the sink, whose own pbar is 0
-    if sinks is not None:
+    share, dsink = 0, -only_real((dy * centre).sum(axis=-1, keepdims=True), i, rules, 0)
+    if sinks is not None:  # a key whose value is 0
         share = np.exp(sinks[:, None] - np.where(np.isneginf(lse.real), INF, lse))[..., None]
-    dsink = -only_real((dy * centre).sum(axis=-1, keepdims=True), i, rules, 0) - dlargest
+    dlargest = _at_largest(dsoftmax, softmax, dsink, share)
+    dsoftmax, dsink = dsoftmax - dlargest, dsink - dlargest
     pull = (0 if dlse is None else dlse[..., None]) - (dsoftmax * softmax).sum(axis=-1, keepdims=True) - share * dsink
     dlogits = softmax * (dsoftmax + pull)
     dproducts, dlogits = scores_backward(dlogits, dstages, uncapped, seen, rules)
@@ -216,11 +215,12 @@ def _in_common(v, keep, rules):
     return np.where(np.isfinite(smallest), smallest, 0)
 
 
-def _at_largest(dsoftmax, softmax):
-    """pbar of the likeliest key. Without it pbar - sum pbar p loses all digits where one p is nearly 1."""
+def _at_largest(dsoftmax, softmax, dsink, share):
+    """pbar of the likeliest key, the sink among them: pbar - sum pbar p loses all digits where one p is nearly 1."""
     if not softmax.shape[-1]:
-        return np.zeros_like(dsoftmax.sum(axis=-1, keepdims=True))
+        return dsink
     at = np.take_along_axis(dsoftmax, softmax.real.argmax(axis=-1)[..., None], axis=-1)
+    at = np.where(softmax.real.max(axis=-1, keepdims=True) < np.real(share), dsink, at)
     return np.where(np.isfinite(at), at, 0)
 
 
