@@ -1,11 +1,14 @@
-"""How good the judge is at dot-product attention: right kernels accepted, planted bugs caught, on emulated kernels.
+"""How good the judge is at dot-product attention: right kernels accepted, planted bugs caught and named; and its cost.
 
     python -m benchmarks.judge soundness [--sizes 40,200] [--seeds 1] [--arithmetics ...] [--families ...] [--json FILE]
-    python -m benchmarks.judge power [--sizes 200] [--arithmetics bf16_flash] [...]
-    python -m benchmarks.judge diagnosis [...]
+    python -m benchmarks.judge elsewhere [--sizes 40,200] [--implementations bfloat16] [--most 3] [...]
+    python -m benchmarks.judge power [--sizes 200] [--arithmetics bf16_flash] [--most 2] [--faults ...] [...]
+    python -m benchmarks.judge diagnosis [--sizes 40] [...]
+    python -m benchmarks.judge cost
 
 soundness: for right kernels (tests.emulated), elements outside a bound and the largest |error| / bound, of outputs and
 gradients. The worst case must have none on any inputs, the statistical bound none on generic ones.
+elsewhere: the same for what frameworks compute on a CPU (benchmarks.elsewhere), each by the arithmetic that fits.
 power: of the bugs in tests.planted, how many each rule catches, on Gaussian inputs and on all families. A catch counts
 only on a call on which the rule accepts the right kernels; how often it does not is its rate of false alarms. Bugs that
 change no bit on any call are left out and named. The rules of others, as they are used, stand beside the judge's:
@@ -13,7 +16,8 @@ change no bit on any call are left out and named. The rules of others, as they a
     allclose 1e-2   rtol and atol of 1e-2
     twice           at most twice the error of a low-precision reference, plus twice what adding 0.3 and taking it away
                     does to the reference in the storage format (as flash-attention's tests do)
-diagnosis: of the bugs that have a name in the table of mistakes, how many are called by it.
+diagnosis: of the bugs that have a name in the table of mistakes, how many are called by it; no right kernel may be.
+cost: the time of one tier of the bounds over that of the value in float64, plain and streaming in one thread.
 """
 
 import argparse

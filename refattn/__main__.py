@@ -15,12 +15,11 @@ from pathlib import Path
 import refattn
 from refattn import frameworks, html, report, trials
 from refattn.oracle.arithmetic import OF_DTYPE
-from refattn.oracle.check import check
+from refattn.oracle.check import check, usual_examples
 from refattn.registry import everything, find
 from refattn.shapes import spelled
 
 EXAMPLES = 8  # of each mechanism and each target, unless asked for otherwise
-KERNEL_EXAMPLES = 32
 
 
 class BadUse(Exception):
@@ -187,7 +186,7 @@ def _check_known(arguments):
     for name in wanted:
         tasks += trials.of_framework(name, examples, arguments.seed)
     if not arguments.what:
-        tasks += [trials.Kernel(name, arguments.examples or KERNEL_EXAMPLES, arguments.seed) for name in trials.KERNELS]
+        tasks += [trials.Kernel(name, arguments.examples, arguments.seed) for name in trials.KERNELS]
     outcomes = trials.run(tasks, arguments.jobs or os.cpu_count() or 1)
     return _print_outcomes(outcomes, wanted, status)
 
@@ -236,8 +235,9 @@ def _check_file(arguments):
     backward = None
     if arguments.backward:
         backward, spec = _load(arguments.backward), spec + _spec(arguments.backward)
-    examples = arguments.examples or KERNEL_EXAMPLES
+    families = arguments.families and arguments.families.split(",")
     try:
+        examples = arguments.examples or usual_examples(like, families)
         if arguments.html:
             html.drawing()  # now, not when all is done
         with report.progress(examples) as done:
@@ -250,7 +250,7 @@ def _check_file(arguments):
                 dtype=arguments.dtype,
                 gradients=not arguments.forward_only,
                 backward=backward,
-                families=arguments.families and arguments.families.split(","),
+                families=families,
                 max_examples=examples,
                 seed=arguments.seed,
                 name=arguments.what[0],

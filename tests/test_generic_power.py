@@ -78,7 +78,7 @@ MUTANTS = [  # mechanism, file, what stands there, and what stands there instead
     ("multi_head", scaled_dot_product, "1 / math.sqrt(q.shape[-1])", "1 / math.sqrt(q.shape[-1] + 0.01)"),
     ("multi_head", scaled_dot_product, "1 / math.sqrt(q.shape[-1])", "1 / q.shape[-1]"),
     ("multi_head", scaled_dot_product, "return scale * (dscores @ k)", "return (dscores @ k)"),
-    ("multi_head", scaled_dot_product, "dscores.swapaxes(-1, -2) @ q), dv", "dscores.swapaxes(-1, -2) @ q), 0.999 * dv"),
+    ("multi_head", scaled_dot_product, "@ q), dv", "@ q), 0.999 * dv"),
     ("multi_head", softmax, "(dp * p).sum(axis=axis, keepdims=True)", "0"),
 ]  # fmt: skip
 

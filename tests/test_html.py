@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from refattn.core import Call
-from refattn.oracle.html import CELLS, MAPS, STYLE, THEMES, _around_the_worst, drawing, page, ratios
 from refattn.oracle.check import Report
 from refattn.oracle.compare import Bound, Verdict
 from refattn.oracle.diagnose import Explanation
+from refattn.oracle.html import CELLS, MAPS, STYLE, THEMES, _around_the_worst, drawing, page, ratios
 from refattn.oracle.trial import Trial
 
 

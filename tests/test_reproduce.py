@@ -16,9 +16,9 @@ from refattn.examples import blocked_attention, blocked_attention_with_a_bug
 from refattn.oracle import contract
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32
 from refattn.oracle.check import Report, check
+from refattn.oracle.reproduce import script
 from refattn.oracle.trial import Judge, try_call
 from refattn.registry import find
-from refattn.oracle.reproduce import script
 
 CANDIDATES = """
     import numpy as np

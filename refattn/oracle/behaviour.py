@@ -351,11 +351,14 @@ LAWS = (
 FAMILIES = "gaussian", "tile_edges", "low_entropy", "large_masked_values", "shifted_down", "few_keys", "one_query"
 
 
-def check_behaviour(candidate, like, *, framework=None, backward=None, arithmetic="float32", examples=4, seed=0):
+def check_behaviour(
+    candidate, like, *, framework=None, backward=None, arithmetic="float32", dtype=None, examples=4, seed=0
+):
     """{law: "" or a problem in words}, on calls with the options that the candidate takes; a law that none tries is
     not there.
 
     Two answers may differ by twice the worst case of the `arithmetic`; those of the same call again not at all.
+    `dtype` is that of the arrays, where they are wider than the formats of the arithmetic.
     """
     mechanism = find(like) if isinstance(like, str) else like
     arithmetic = ARITHMETICS[arithmetic] if isinstance(arithmetic, str) else arithmetic
@@ -365,7 +368,8 @@ def check_behaviour(candidate, like, *, framework=None, backward=None, arithmeti
         call = draw(mechanism, FAMILIES[i % len(FAMILIES)], takes, [seed, i])
         if call is None:
             continue
-        rng, (call, dout) = np.random.default_rng([seed, i]), _given(mechanism, call, takes, arithmetic, [seed, i])
+        rng = np.random.default_rng([seed, i])
+        call, dout = _given(mechanism, call, takes, arithmetic, dtype, [seed, i])
         allowed = functools.partial(_twice_the_bound, mechanism, arithmetic, dout)
         for law in LAWS:
             if tried[law] >= examples or found.get(law.__name__):
@@ -385,13 +389,13 @@ def check_behaviour(candidate, like, *, framework=None, backward=None, arithmeti
     return found
 
 
-def _given(mechanism, call, takes, arithmetic, seed):
+def _given(mechanism, call, takes, arithmetic, dtype, seed):
     """The call and a gradient of its output, as the candidate takes them."""
     call = rounded(claimed(call, takes, mechanism), arithmetic.inputs)
     shape = *call.args[0].shape[:-1], call.args[2].shape[-1]
     dout = rounded(Call((np.random.default_rng([*seed, 1]).normal(size=shape),), {}), arithmetic.out)
-    given, dtype = cast_call(call, numpy_dtype(arithmetic.inputs)), numpy_dtype(arithmetic.out)
-    return given, cast_call(dout, dtype).args[0]
+    given, out = (dtype or numpy_dtype(form) for form in (arithmetic.inputs, arithmetic.out))
+    return cast_call(call, given), cast_call(dout, out).args[0]
 
 
 def _twice_the_bound(mechanism, arithmetic, dout, call):

@@ -13,6 +13,7 @@ import numpy as np
 from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.oracle import contract, inputs
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT64, FORMATS, OF_DTYPE, Arithmetic, ladder
+from refattn.oracle.behaviour import check_behaviour
 from refattn.oracle.bounds import attention_bounds
 from refattn.oracle.canonical import as_dot_product
 from refattn.oracle.compare import BUG, OUTSIDE, worse
@@ -25,6 +26,8 @@ from refattn.oracle.trial import Judge, plain, try_call
 from refattn.registry import find
 
 EXPLAINED = 8  # failing calls that an explanation must explain, and conforming ones that it must not spoil
+EXAMPLES, OF_EACH = 32, 4  # unless asked for otherwise: so many calls, and of each family
+BEHAVED = 2  # calls on which each law of behaviour is tried
 EXPLAINED_BY_NOISE = 3  # where a bound takes many runs
 
 
@@ -50,13 +53,15 @@ class Report(NamedTuple):
     consistent_with: str = ""  # a coarser arithmetic that does
     where: str = ""  # the region of the error, in words
     smallest: Any = None  # a Trial that fails, shrunk
+    behaviour: tuple = ()  # (law of refattn.oracle.behaviour, "" or what breaks it), of those that were tried
     accuracy: float = 0.0  # the reference's own error is at most this part of the bounds
     spec: Any = None  # (module, name) of the candidate, for script()
 
     @property
     def ok(self):
         """True only if something was judged, and all of it conforms."""
-        return self.examples > 0 and all(v.conforms for v in self.verdicts.values())
+        conforms = all(v.conforms for v in self.verdicts.values())
+        return self.examples > 0 and conforms and not any(problem for _, problem in self.behaviour)
 
     def __str__(self):
         word = "conforms" if self.ok else "DIFFERS" if self.examples else "NOT JUDGED"
@@ -72,6 +77,7 @@ class Report(NamedTuple):
                 here = "there too" if verdict.example == shown else f"here {verdict.example}"
                 lines.append(f"  {'':{kinds}}  {'':{width}}  so in {self.failures[name]} examples; {here}")
                 shown = verdict.example
+        lines += [f"  BROKEN {law}: {problem}" for law, problem in self.behaviour if problem]
         lines += [f"  explained by {e.name}: {e.words}" for e in self.explanations]
         if self.consistent_with:
             lines.append(f"  consistent with {self.consistent_with}")
@@ -129,7 +135,7 @@ def check(
     backward=None,
     example=None,
     families=None,
-    max_examples=32,
+    max_examples=None,
     seed=0,
     name=None,
     spec=None,
@@ -156,6 +162,7 @@ def check(
     run, claim = contract.runner(framework, backward), contract.claim(candidate, mechanism)
     judge = Judge(candidate, mechanism, run, arithmetic, dtype, how == "judged")
     draws = _families(families, mechanism, example)
+    max_examples = usual_examples(mechanism, families) if max_examples is None else max_examples
     trials, outside, passed_over, known, count = [], Counter(), Counter(), set(), Counter()
     for i in range(20 * max_examples):
         if len(trials) == max_examples:
@@ -180,8 +187,7 @@ def check(
             if progress is not None:
                 progress(len(trials))
     return _report(
-        judge,
-        trials,
+        *(judge, trials, backward),
         candidate=name or getattr(candidate, "__name__", repr(candidate)),
         like=str(getattr(mechanism, "name", mechanism)),
         framework=framework or "numpy",
@@ -206,7 +212,7 @@ def assert_conforms(candidate, like, **options):
     return report
 
 
-def _report(judge, trials, **known):
+def _report(judge, trials, backward, **known):
     verdicts, failures = {}, Counter()
     for verdict in sorted((v for t in trials for v in t.verdicts), key=lambda v: v.kind == OUTSIDE):
         if verdict.kind != OUTSIDE or verdict.name not in verdicts:  # where it is judged elsewhere, that counts
@@ -215,7 +221,7 @@ def _report(judge, trials, **known):
     report = Report(verdicts=verdicts, failures=dict(failures), accuracy=_accuracy(judge, trials), **known)
     failed = sorted((t for t in trials if t.failed), key=_size)
     if not failed:
-        return report
+        return report._replace(behaviour=_behaviour(judge, trials, backward, known))
     smallest = shrink(judge, failed[0])
     some = EXPLAINED if as_dot_product(judge.mechanism, failed[0].call) is not None else EXPLAINED_BY_NOISE
     shown = [smallest, *failed[:some], *[t for t in trials if not t.failed][:some]]
@@ -225,6 +231,22 @@ def _report(judge, trials, **known):
         consistent_with=_coarser(judge, failed[:some]),
         where=region(failed[0]),
     )
+
+
+def _behaviour(judge, trials, backward, known):
+    """What is wrong between calls, if nothing is within them; of dot-product attention."""
+    if not any(trial.family in inputs.FAMILIES for trial in trials):
+        return ()
+    found = check_behaviour(
+        *(judge.candidate, judge.mechanism),
+        framework=known["framework"],
+        backward=backward if judge.gradients else None,
+        arithmetic=judge.arithmetic,
+        dtype=judge.dtype,
+        examples=BEHAVED,
+        seed=known["seed"],
+    )
+    return tuple(found.items())
 
 
 def _size(trial):
@@ -305,6 +327,11 @@ def _settle_convention(convention, mechanism):
     if not isinstance(convention, Convention):
         raise ValueError(f"check: convention is {convention!r}, expected a name or a Convention")
     return convention, next((name for name, c in PRESETS.items() if c == convention), str(convention))
+
+
+def usual_examples(mechanism, families=None):
+    """How many calls `check` tries unless it is told."""
+    return max(EXAMPLES, OF_EACH * len(_families(families, mechanism, None)))
 
 
 def _families(families, mechanism, example):

@@ -27,7 +27,6 @@ from refattn.oracle.conventions import PRESETS
 from refattn.oracle.mistakes import MISTAKES, Case, Mistake, pulled_back
 from refattn.oracle.noise import noise_bounds_of_call
 
-
 MOST = 5  # explanations
 LOOSE = 1024.0  # a first look: a residual beyond this many times the largest bound is not worth a bound of its own
 PAIRS = 100  # of mistakes, at most, whose output is worth a second look
@@ -569,7 +568,7 @@ def _options(mechanism, judged, arithmetic):
 def _drawn(mechanism):
     """{option: its plain values, the most frequent first}."""
     seen = {}
-    for seed in range(DRAWS):
+    for seed in range(DRAWS if hasattr(mechanism, "example") else 0):
         for name, value in mechanism.example(RandomDraw(seed)).options.items():
             if _plain(value):
                 counts = seen.setdefault(name, {})
@@ -644,6 +643,7 @@ def _explains(name, change, judged):
 
 def _changes(mechanism, judged, name):
     """Yield ((words for one array, for several, a short name), a function from a trial to the other array)."""
+    judged = [j for j in judged if name in j.case.values]  # an optional parameter is not in all
 
     def times(factor):
         def change(trial):

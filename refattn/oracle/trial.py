@@ -139,9 +139,9 @@ def _attention(judge, call, dout, result, grads, family, seed):
     wide = None if dout is None else dout.reshape(*canonical.args[0].shape[:3], dout.shape[-1])
     values = reference(canonical, wide)
     outside = outside_the_model(canonical, values, judge.arithmetic)
-    bounds = {}
+    bounds, tiers = {}, ("worst", "stat") if family else ("worst",)
     if not outside:
-        bounds = attention_bounds(canonical, wide, judge.arithmetic, ("worst", "stat") if family else ("worst",), values)
+        bounds = attention_bounds(canonical, wide, judge.arithmetic, tiers, values)
     several = isinstance(result, (tuple, list))
     theirs = {"out": (result[0] if len(result) else None) if several else result}
     shapes = {"out": (*call.args[0].shape[:-1], call.args[2].shape[-1]), "lse": call.args[0].shape[:-1]}
