@@ -13,8 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import refattn
-from refattn import frameworks, html, report, trials
+from refattn import frameworks, report, trials
 from refattn.oracle.arithmetic import OF_DTYPE
+from refattn.oracle import html
 from refattn.oracle.check import check, usual_examples
 from refattn.registry import everything, find
 from refattn.shapes import spelled

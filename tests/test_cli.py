@@ -207,7 +207,7 @@ def test_a_file_that_conforms(refattn_cli, files):
 def test_a_file_with_a_backward(refattn_cli, files):
     command = ("check", files / "good.py:f", "--like", "linear", "--backward", "good.py:backward", "--examples", 4)
     status, out, _ = refattn_cli(*command, "--dtype", "float64")
-    assert status == 0 and "ok   dparams.weight" in out and "float64: conforms" in out
+    assert status == 0 and "ok  dparams.weight" in out and "float64: conforms" in out
     status, out, _ = refattn_cli(*command, "--forward-only")
     assert status == 0 and "gradients are not judged: not asked for" in out
 

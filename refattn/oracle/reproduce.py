@@ -76,6 +76,8 @@ def script(report):
     code = [_candidate(report, trial), _arguments(trial, inputs, about), _calls(trial, inputs, about, wrong), checks]
     code = "\n\n".join("\n".join(lines) for lines in code) + "\n"
     helpers = [text for name, text in HELPERS.items() if f"{name}(" in code]
+    if report.framework == "torch":
+        helpers = [text.replace("float(got[index])", "float(got[index].detach())") for text in helpers]
     imports = _imports("\n".join([*helpers, code]))
     title = f"{report.candidate} is not like {report.like}: {', '.join(f'{v.name} {v.kind}' for v in wrong)}."
     small = f"{trial.words}; {report.dtype}, seed {list(trial.seed)}, refattn {refattn.__version__}"
