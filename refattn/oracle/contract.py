@@ -68,6 +68,18 @@ def claimed(call, claim, mechanism):
     return kept
 
 
+def handed_over(candidate, call):
+    """The options that a candidate is called with. What is None is left to its own default, if it has one."""
+    parameters = inspect.signature(candidate).parameters
+    needed = {name for name, p in parameters.items() if p.default is p.empty}
+    options = {name: x for name, x in call.options.items() if name != "convention" and (x is not None or name in needed)}
+    convention = call.options.get("convention")
+    if "is_causal" in call.options:  # None would be the convention's
+        said = call.options["is_causal"]
+        options["is_causal"] = bool(convention and convention.is_causal) if said is None else said
+    return options
+
+
 def exercised(call, mechanism):
     """Names of the arguments that are there, and of the options that differ from their defaults."""
     arrays, options = _parameters(mechanism)

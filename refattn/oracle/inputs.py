@@ -568,7 +568,7 @@ def rounded(call, form):
 def in_words(call, names):
     """q (2, 3), k (4, 3), is_causal=True"""
     arrays = [f"{path} {x.shape}" for name, arg in zip(names, call.args) for path, x in leaves(arg, name)]
-    options = [f"{k}={_short(v)}" for k, v in call.options.items()]
+    options = [f"{k}={_short(v)}" for k, v in call.options.items() if v is not None and k != "convention"]
     more = [f"{len(arrays) - SHOWN} more"] if len(arrays) > SHOWN else []
     return ", ".join(arrays[:SHOWN] + more + options)
 

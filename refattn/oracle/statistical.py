@@ -67,12 +67,13 @@ def forward(part):
         some = np.minimum(part.p, most) * kept
         apart = apart + (some * some) @ (part.v * part.v)
         lost = (np.where(part.p < most, part.p, 0) * kept) @ size
-    out = around + apart + sums + (divisor + 4 * THIRD * u.softmax**2) * y * y
+    sink = part.sink**2 * THIRD * (u.softmax**2 * 3 * part.sink_below**2 + 2 * a.exp_error**2)
+    out = around + apart + sums + (divisor + 4 * THIRD * u.softmax**2 + sink) * y * y
     if a.operands_truncate:
         out = out + (0.5 * u.op * np.minimum(weights @ size, np.abs(y) + 3 * np.sqrt(squares))) ** 2
     logs = 3 * part.top**2 + 3 * part.log_total**2 + 2 * part.lse**2 + 4
     lse = moved.sum(axis=-1, keepdims=True) + shared + divisor + THIRD * u.softmax**2 * logs
-    lse = lse + part.sink**2 * THIRD * (u.softmax**2 * 3 * part.sink_below**2 + 2 * a.exp_error**2)
+    lse = lse + sink
     lost = lost + u.floor * size.sum(axis=-2, keepdims=True)
     if a.operands_truncate:
         shift = _shift(part)

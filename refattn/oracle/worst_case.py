@@ -54,7 +54,7 @@ def forward(part):
     sink_h = 2 * a.exp_error + rescale + 3 * u.softmax * (part.sink_below + top_score)
     moved = part.p * _expm1(full)
     most = np.exp(full.max(axis=-1, keepdims=True, initial=0))
-    rises = moved.sum(axis=-1, keepdims=True) + part.sink * np.expm1(np.minimum(sink_h, MOST))
+    rises, sink_rises = moved.sum(axis=-1, keepdims=True), part.sink * np.expm1(np.minimum(sink_h, MOST))
     falls = (part.p * full).sum(axis=-1, keepdims=True) + part.sink * sink_h
     least = np.maximum(1 - falls, 1 / np.maximum(most, np.exp(np.minimum(sink_h, MOST))))  # sum p e^-h
 
@@ -65,6 +65,7 @@ def forward(part):
         squares, cross = weights @ (size * size), weights @ part.centred
         around = squares - 2 * (part.y - part.centre) * cross + y * y * rises
         spread = np.minimum(spread, np.sqrt(rises * (np.maximum(around, 0) + 1e-5 * (squares + y * y * rises))))
+    spread = spread + sink_rises * np.abs(part.y)  # the sink's value is 0
     n = chain(a, keys) + tiles(a, keys)
     sums, divisor = _gamma((n + 1) * u.acc), _gamma((n + 1) * u.softmax)
     apart = (1 + u.prob) * (1 + u.op) ** 2 * (1 + sums) * (1 + u.softmax) ** 4 / (1 - divisor) - 1
@@ -72,7 +73,7 @@ def forward(part):
     total = p @ np.abs(part.v)
     lost = _lost_products(part, a, u, p) / least
     out = (spread + apart * most * total) / least + lost + u.floor * np.abs(part.v).sum(axis=-2, keepdims=True)
-    lse = np.maximum(np.log1p(rises), -np.log(least)) + 1.01 * divisor
+    lse = np.maximum(np.log1p(rises + sink_rises), -np.log(least)) + 1.01 * divisor
     lse = lse + u.softmax * (3 * part.top + 4 * part.log_total + 3 * part.lse + 2)
     lse = lse + half_ulp(part.lse + lse, a.lse)
     alive = ~part.dead
