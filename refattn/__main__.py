@@ -14,8 +14,8 @@ from pathlib import Path
 
 import refattn
 from refattn import frameworks, report, trials
-from refattn.oracle.arithmetic import OF_DTYPE
 from refattn.oracle import html
+from refattn.oracle.arithmetic import OF_DTYPE
 from refattn.oracle.check import check, usual_examples
 from refattn.registry import everything, find
 from refattn.shapes import spelled

@@ -72,8 +72,9 @@ def handed_over(candidate, call):
     """The options that a candidate is called with. What is None is left to its own default, if it has one."""
     parameters = inspect.signature(candidate).parameters
     needed = {name for name, p in parameters.items() if p.default is p.empty}
-    options = {name: x for name, x in call.options.items() if name != "convention" and (x is not None or name in needed)}
-    convention = call.options.get("convention")
+    options, convention = dict(call.options), call.options.get("convention")
+    options.pop("convention", None)
+    options = {name: x for name, x in options.items() if x is not None or name in needed}
     if "is_causal" in call.options:  # None would be the convention's
         said = call.options["is_causal"]
         options["is_causal"] = bool(convention and convention.is_causal) if said is None else said

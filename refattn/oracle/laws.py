@@ -268,8 +268,8 @@ def _axes(hint, ndim=None):
     """["N", "C"] of Shaped[Array, "N C"], optional or not; of several the one with `ndim` axes; else []."""
     spoken = [h.__metadata__[0] for h in (hint, *getattr(hint, "__args__", ())) if hasattr(h, "__metadata__")]
     found = [axes.split() for axes in spoken if "=" not in axes]
-    fitting = [axes for axes in found if len(axes) == ndim] + [axes for axes in found if axes and axes[0][0] in "*."] + found
-    return next(iter(fitting), [])
+    any_rank = [axes for axes in found if axes and axes[0][0] in "*."]
+    return next(iter([axes for axes in found if len(axes) == ndim] + any_rank + found), [])
 
 
 UNIVERSAL = (
