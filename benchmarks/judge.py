@@ -305,11 +305,12 @@ def _count(row, case, got):
 
 @np.errstate(all="ignore")
 def ratios(expected, got, allowed):
-    """|error| / allowed; inf where NaN or infinity is on one side only."""
+    """|error| / allowed; inf where NaN or infinity is on one side only, or where nothing is allowed."""
     got = got.astype(np.float64)
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))
-    ratio = np.where(same, 0, np.abs(got - expected) / allowed)
-    return np.where(np.isnan(ratio), np.inf, ratio)
+    error = np.where(same, 0, np.abs(got - expected))
+    ratio = np.where(same, 0, error / allowed)
+    return np.where(same | (error <= allowed) | (ratio > 1), ratio, np.inf)
 
 
 # --- power ------------------------------------------------------------------------------------------------------
@@ -495,6 +496,7 @@ def _bound(args, dout, arithmetic, tier, values):
 
 
 POISON = "nan_query", "poisoned_keys", "poisoned_values"
+SHOWN = 3  # verdicts of a kernel that do not conform
 
 
 def print_soundness(rows, missing=None):
@@ -523,9 +525,13 @@ def print_soundness(rows, missing=None):
     runs, elements = (sum(row[name] for row in rows) for name in ("runs", "elements"))
     print(f"all: {runs:,} runs, {elements:,} elements; outside", end=" ")
     print({t: sum(row["outside"][t] for row in rows) for t in ("worst", "stat")}, "verdicts", dict(kinds))
-    for row in rows:
-        for line in row["bad"][:2]:
-            print(f"  {row['arithmetic']}, {row['kernel']}, {row['family']}: {line}")
+    shown = Counter()
+    for row in sorted(rows, key=lambda row: row["family"] in POISON):
+        for line in row["bad"]:
+            shown[row["arithmetic"], row["kernel"]] += 1
+            if shown[row["arithmetic"], row["kernel"]] <= SHOWN:
+                print(f"  {row['arithmetic']}, {row['kernel']}, {row['family']}: {line}")
+    print("  and", sum(max(0, n - SHOWN) for n in shown.values()), "verdicts more that do not conform")
     for name, modules in (missing or {}).items():
         print(f"  {name}: not installed: {', '.join(modules)}")
 
