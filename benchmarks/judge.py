@@ -316,13 +316,13 @@ def ratios(expected, got, allowed):
 # --- power ------------------------------------------------------------------------------------------------------
 
 
-def power(name, size, families=None, seeds=1, most=None, faults=None):
+def power(name, size, families=None, seeds=1, most=None, faults=None, rules=RULES):
     """{"rules": {rule: {"false alarms": ..., "caught": ..., "missed": ...}}, "faults": {kind: n}, ...}."""
     arithmetic = ARITHMETICS[name]
     alarms, ready = defaultdict(Counter), []
     for case in cases(arithmetic, [size], families, seeds, most=most):
         low = low_precision(case)
-        accepted = set(RULES)
+        accepted = set(rules)
         for algorithm, tiles in RIGHT.values():
             flagged = judged(case, run(case, algorithm, **tiles), low)
             accepted -= flagged
@@ -341,7 +341,7 @@ def power(name, size, families=None, seeds=1, most=None, faults=None):
     report = {"arithmetic": name, "size": size, "cases": len(ready), "rules": {}}
     report["faults"] = dict(Counter(FAULTS[fault].kind for fault in live))
     report["inert"], report["held out"] = sorted(inert), held_out
-    for rule in RULES:
+    for rule in rules:
         row = {"false alarms": {where: (n[rule], n["runs"]) for where, n in alarms.items()}, "caught": {}}
         for where in ("gaussian", "all"):
             found = [fault for fault in live if rule in caught[fault][where]]
@@ -551,9 +551,10 @@ def print_power(report):
     print("inert:", ", ".join(report["inert"]) or "none")
     if report["held out"]:
         both = {
-            w: {r: sum(r in by[w] for by in report["held out"].values()) for r in RULES} for w in ("gaussian", "all")
+            w: {r: sum(r in by[w] for by in report["held out"].values()) for r in report["rules"]}
+            for w in ("gaussian", "all")
         }
-        counts = ", ".join(f"{rule} {both['gaussian'][rule]} / {both['all'][rule]}" for rule in RULES)
+        counts = ", ".join(f"{rule} {both['gaussian'][rule]} / {both['all'][rule]}" for rule in report["rules"])
         print(f"held out, {len(report['held out'])} live: {counts}")
         missed = [name for name, by in report["held out"].items() if RULES[3] not in by["all"]]
         print("  missed by", RULES[3] + ":", ", ".join(sorted(missed)) or "none")
@@ -599,6 +600,7 @@ def main():
     parser.add_argument("--arithmetics", default="float32,bf16_flash,f16_flash")
     parser.add_argument("--families", help="names separated by commas; all of them")
     parser.add_argument("--most", type=int, help="settings at most of each family other than the Gaussian")
+    parser.add_argument("--own", action="store_true", help="power: the rules of others are left out")
     parser.add_argument("--faults", help="names of planted bugs separated by commas; all of them")
     parser.add_argument("--implementations", default="", help="part of their names in benchmarks.elsewhere")
     parser.add_argument("--json", help="write the tables to this file as well")
@@ -624,7 +626,9 @@ def main():
         results = []
         for name in arithmetics:
             for size in sizes:
-                results.append(power(name, size, families, given.seeds, given.most, faults))
+                results.append(
+                    power(name, size, families, given.seeds, given.most, faults, RULES[:4] if given.own else RULES)
+                )
                 print_power(results[-1])
     if given.json:
         with open(given.json, "w") as file:
