@@ -28,6 +28,7 @@ from refattn.registry import find
 EXPLAINED = 8  # failing calls that an explanation must explain, and conforming ones that it must not spoil
 EXAMPLES, OF_EACH = 32, 4  # unless asked for otherwise: so many calls, and of each family
 BEHAVED = 2  # calls on which each law of behaviour is tried
+SHOWN = 2**14  # numbers in the arrays of a call of which there are maps
 EXPLAINED_BY_NOISE = 3  # where a bound takes many runs
 
 
@@ -53,6 +54,7 @@ class Report(NamedTuple):
     consistent_with: str = ""  # a coarser arithmetic that does
     where: str = ""  # the region of the error, in words
     smallest: Any = None  # a Trial that fails, shrunk
+    largest: Any = None  # one that fails, as it was drawn: for maps of the error
     behaviour: tuple = ()  # (law of refattn.oracle.behaviour, "" or what breaks it), of those that were tried
     accuracy: float = 0.0  # the reference's own error is at most this part of the bounds
     spec: Any = None  # (module, name) of the candidate, for script()
@@ -99,7 +101,8 @@ class Report(NamedTuple):
         """Everything but the arrays."""
         record = self._asdict() | {"verdicts": {name: plain(v._asdict()) for name, v in self.verdicts.items()}}
         record |= {"explanations": [e._asdict() for e in self.explanations]}
-        record |= {"smallest": None if self.smallest is None else self.smallest.words, "spec": self.spec}
+        for name in ("smallest", "largest"):
+            record[name] = None if record[name] is None else record[name].words
         return {"ok": self.ok} | plain(record)
 
     def to_json(self):
@@ -227,6 +230,7 @@ def _report(judge, trials, backward, **known):
     shown = [smallest, *failed[:some], *[t for t in trials if not t.failed][:some]]
     return report._replace(
         smallest=smallest,
+        largest=max(failed, key=lambda t: (_size(t)[0] <= SHOWN, _size(t))),
         explanations=explain(judge.mechanism, shown, judge.arithmetic),
         consistent_with=_coarser(judge, failed[:some]),
         where=region(failed[0]),

@@ -2,7 +2,8 @@
 
     pathlib.Path("report.html").write_text(refattn.check(my_attention, like="dot_product_attention").to_html())
 
-The maps show the smallest failing call, one for every item and head of an array, up to MAPS of them, the worst first.
+The maps show a failing call as it was drawn, one for every item and head of an array, up to MAPS of them, the worst
+first.
 They can be read without colour: what is outside its bound is hatched, and the worst element is marked and named.
 Pictures are drawn twice, for light and for dark. They need matplotlib.
 """
@@ -70,7 +71,8 @@ def page(report):
         "</header>\n<main>",
         _section("Verdicts", _verdicts(report)),
         _section("What explains it", _explanations(report)),
-        _section("The smallest case that fails", _smallest(report, draw)),
+        _section("The smallest case that fails", _case(report.smallest)),
+        _section("Where the errors are, in a larger one", _case(report.largest or report.smallest, draw)),
         _section("Reproduce it", _script(report)),
         _section("What was tried", _tried(report)),
     ]
@@ -149,15 +151,15 @@ def _tried(report):
 # --- pictures ------------------------------------------------------------------------------------------------
 
 
-def _smallest(report, draw):
-    if report.smallest is None:
+def _case(trial, draw=None):
+    """A trial: the call, and its verdicts, with maps if there is a function to draw them."""
+    if trial is None:
         return ""
-    trial = report.smallest
     parts = [f"<p><code>{_text(trial.words)}</code>, inputs of the family {_text(trial.family)}</p>"]
     for verdict in trial.verdicts:
         parts.append(f'<p><code>{_text(verdict.name)}</code>: <span class="kind {WORDS.get(verdict.kind, "bad")}">'
                      f"{_text(verdict.kind)}</span>. {_text(verdict)}</p>")  # fmt: skip
-        ratio = ratios(trial, verdict.name)
+        ratio = None if draw is None else ratios(trial, verdict.name)
         if ratio is not None:
             parts.append(_figure(verdict.name, ratio, draw))
     return "\n".join(parts)
@@ -248,10 +250,13 @@ def _hatch(axes, ratio, edges):
     outside = ~(ratio <= 1)
     if not outside.any():
         return
-    x, y = np.linspace(*edges[:2], ratio.shape[1] + 1), np.linspace(edges[3], edges[2], ratio.shape[0] + 1)
-    cells = np.ma.masked_where(~outside, np.ones(ratio.shape))
-    for colour, width in (("white", 1.5), ("black", 0.5)):
-        axes.pcolor(x, y, cells, hatch="////", facecolor="none", edgecolor=colour, linewidth=width)
+    fine = max(2, min(24, 1024 // max(ratio.shape)))  # dots to a cell
+    i, j = np.indices([n * fine for n in ratio.shape])
+    stripe = (i + j) % 8
+    dots = np.zeros((*stripe.shape, 4))
+    dots[..., :3] = (stripe >= 2)[..., None]
+    dots[..., 3] = (stripe < 4) & np.kron(outside, np.ones((fine, fine), bool))
+    axes.imshow(dots, extent=edges, aspect="auto", interpolation="nearest")
 
 
 def _worst(axes, ratio, top, left):
