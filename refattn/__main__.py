@@ -1,4 +1,4 @@
-"""The command line: refattn list | show | check."""
+"""The command line: refattn list | show | check | vectors."""
 
 import argparse
 import ast
@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import refattn
-from refattn import frameworks, report, trials
+from refattn import frameworks, report, trials, vectors
 from refattn.oracle import html
 from refattn.oracle.arithmetic import OF_DTYPE
 from refattn.oracle.check import check, usual_examples
@@ -85,6 +85,25 @@ def _parser():
     checking.add_argument("--jobs", type=_at_least(1), metavar="N", help="processes; as many as there are CPUs")
     checking.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     checking.set_defaults(command=check_command)
+
+    golden = commands.add_parser("vectors", help="inputs, outputs and bounds in files", allow_abbrev=False)
+    doing = golden.add_subparsers(required=True, metavar="write|verify")
+    writing = doing.add_parser("write", help="a folder of vectors of a mechanism", allow_abbrev=False)
+    writing.add_argument("folder", metavar="FOLDER", help="a new one, or one of vectors, which is replaced")
+    writing.add_argument("--like", metavar="NAME", required=True, help="the mechanism")
+    writing.add_argument("--families", metavar="A,B", help="of inputs; all unless given")
+    writing.add_argument("--examples", type=_at_least(1), metavar="N", help="how many calls, in all")
+    writing.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
+    writing.add_argument("--arithmetics", metavar="A,B", default="float32", help="with bounds for each; float32")
+    writing.add_argument("--format", choices=vectors.STORAGES, default="npz", help="of the files; npz unless given")
+    writing.add_argument("--forward-only", action="store_true", help="no gradients")
+    writing.set_defaults(command=write_vectors_command)
+    verifying = doing.add_parser("verify", help="judge outputs that came of a folder of vectors", allow_abbrev=False)
+    verifying.add_argument("folder", metavar="FOLDER", help="of vectors")
+    verifying.add_argument("outputs", metavar="OUTPUTS", help="a folder: of each case a file, or a folder, of its name")
+    verifying.add_argument("--arithmetic", metavar="NAME", required=True, help="whose bounds hold")
+    verifying.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    verifying.set_defaults(command=verify_vectors_command)
     return parser
 
 
@@ -148,18 +167,23 @@ OF_A_FILE = (
 
 
 def check_command(arguments):
-    for option in ("json", "html", "script"):
-        path = getattr(arguments, option)
-        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-            raise BadUse(f"--{option}: cannot write to {path.parent}")
-        if path and path.is_dir():
-            raise BadUse(f"--{option}: {path} is a folder")
+    _refuse_to_write(arguments, "json", "html", "script")
     files = [what for what in arguments.what if ":" in what or what.endswith(".py") or os.sep in what]
     content = _check_file(arguments) if files else _check_known(arguments)
     content = {"refattn": refattn.__version__, "seed": arguments.seed} | content
     if arguments.json:
         _write("json", report.write_json, arguments.json, content)
     return 0 if content["ok"] else 1
+
+
+def _refuse_to_write(arguments, *options):
+    """Now, not when all is done."""
+    for option in options:
+        path = getattr(arguments, option)
+        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise BadUse(f"--{option}: cannot write to {path.parent}")
+        if path and path.is_dir():
+            raise BadUse(f"--{option}: {path} is a folder")
 
 
 def _write(option, write, path, content):
@@ -305,6 +329,40 @@ def _module(path):
     except (Exception, SystemExit) as error:
         raise BadUse(f"{path.name} cannot be imported: {type(error).__name__}: {error}") from None
     return module
+
+
+# --- vectors -------------------------------------------------------------------------------------------------
+
+
+def write_vectors_command(arguments):
+    like = _find(arguments.like)
+    try:
+        folder = vectors.write(
+            *(arguments.folder, like.name),
+            families=arguments.families and arguments.families.split(","),
+            examples=arguments.examples,
+            seed=arguments.seed,
+            arithmetics=arguments.arithmetics.split(","),
+            storage=arguments.format,
+            gradients=not arguments.forward_only,
+        )
+        cases = vectors.read_manifest(folder)["cases"]
+    except (ValueError, ImportError, OSError) as error:
+        raise BadUse(error) from None
+    print(f"{len(cases)} cases of {like.name} in {arguments.folder}")
+    return 0
+
+
+def verify_vectors_command(arguments):
+    _refuse_to_write(arguments, "json")
+    try:
+        result = vectors.verify(arguments.folder, arguments.outputs, arguments.arithmetic)
+    except (ValueError, ImportError, OSError) as error:
+        raise BadUse(error) from None
+    report.say(str(result))
+    if arguments.json:
+        _write("json", report.write_json, arguments.json, {"refattn": refattn.__version__} | result.as_dict())
+    return 0 if result.ok else 1
 
 
 if __name__ == "__main__":
