@@ -155,7 +155,9 @@ def _large(family, setting, size, rng, table, wider):
             lengths[name] = int(rng.choice(getattr(family, name)))
     queries, keys = lengths.values()
     queries = 1 if setting == "one query" else queries
-    batch, heads = ((2, 4), (2, 2), (1, 4), (1, 2))[0 if size <= 100 else 1 + rng.integers(2) if size <= 400 else 3]
+    batch, heads = (2, 4) if size <= 100 else (1, 2)  # as many as are affordable
+    if 100 < size <= 400:
+        batch, heads = (2, 2) if rng.integers(2) else (1, 4)
     features = max(family.features)
     shape, sinks, options = table(rng, batch, heads, queries, keys)[setting]
     there = options.keys() | {"sinks"} if sinks else options.keys()
