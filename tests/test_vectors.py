@@ -758,10 +758,10 @@ def reader(request, tmp_path):
 
 def test_readers(reader, tmp_path):
     """Every family conforms; and what is expected, changed beyond the bound, or for NaN, is noticed."""
-    folder = vectors.write(tmp_path / "v", "scaled_dot_product", examples=46, storage="raw")
+    folder = vectors.write(tmp_path / "v", "scaled_dot_product", examples=23, storage="raw")
     cases = vectors.read(folder).cases
     given = [case.options["is_causal"] for case in cases.values()] + ["option/mask" in c.arrays for c in cases.values()]
-    assert True in given[:46] and True in given[46:] and any(case.options["scale"] for case in cases.values())
+    assert True in given[:23] and True in given[23:] and any(case.options["scale"] for case in cases.values())
 
     def run(case):
         ended = subprocess.run([*reader, folder, case], capture_output=True, text=True, timeout=60)
@@ -773,7 +773,7 @@ def test_readers(reader, tmp_path):
         status, out = run(case)
         assert status == 0 and out.startswith(f"{case}: worst error / bound ")
         ratios.append(float(out.split()[-1]))
-    assert max(ratios) <= 1 and sum(r > 0 for r in ratios) > 30
+    assert max(ratios) <= 1 and sum(r > 0 for r in ratios) > 15
     arrays = cases["000_gaussian"].arrays
     expected, bound = arrays["out/out"], arrays["bound/float32/out"]
     path = folder / "000_gaussian" / "out" / "out.bin"
