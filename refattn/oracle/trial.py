@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.attention.dot_product import dot_product_attention
-from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call, leaves, tree_map
 from refattn.oracle import contract
 from refattn.oracle.arithmetic import Arithmetic, numpy_dtype
@@ -87,7 +86,8 @@ def try_call(judge, call, family="example", chance=False, seed=(0,)):
 
 def of_constants(arithmetic):
     """How far the rounding of a few constants may push everything, relatively."""
-    return 4 * max(f.u for f in (arithmetic.softmax, arithmetic.scores, arithmetic.scaled_query) if f is not None)
+    formats = [f for f in (arithmetic.softmax, arithmetic.scores, arithmetic.scaled_query) if f is not None]
+    return max(arithmetic.exp_error, *(4 * form.u for form in formats))
 
 
 # --- what the candidate is given ------------------------------------------------------------------------------
@@ -158,31 +158,39 @@ def _attention(judge, call, dout, result, grads, family, seed):
     a = judge.arithmetic
     one_sided = a.operands_truncate or a.accumulator_truncates
     together = family == TOGETHER and not one_sided
-    skipping = _skipping(canonical, wide)
+    poison = _poisoned(canonical, wide)
     due, along = [], {}
     for name, got in theirs.items():
         bound = bounds.get(name, Bound())
         bound = Bound(*(shaped(name, x) for x in (bound if together else bound._replace(sd=None))))
         expected = shaped(name, values[name])
-        if name in skipping and np.shape(got) == expected.shape:  # NaN, or as if it were not there: both are right
-            took = np.isnan(expected) & ~np.isnan(np.asarray(got, np.float64))
-            expected = np.where(took, shaped(name, skipping[name]), expected)
+        if poison is not None and np.shape(got) == expected.shape:
+            expected = _with_poison(name, expected, np.isnan(got), *(shaped(name, x[name]) for x in poison))
         due.append((name, expected, bound, got))
     if together and not outside:
         along["out"] = {"along the scale, by {:.2g} of it": shaped("out", _along_scale(canonical))}
     return due, along, outside
 
 
-def _skipping(call, dout):
-    """What comes of a call with NaN or inf where masked keys are left out; nothing where that was settled, or is none.
+def _poisoned(call, dout):
+    """What comes of a call with NaN where masked keys are left out, and where a mask is added; None without NaN."""
+    if all(np.isfinite(x).all() for x in call.args[:3]):
+        return None
+    asked = exact(call.options.get("convention"))
+    left_out = asked._replace(masked_values="skip", mask_op="replace")
+    added = asked if "convention" in call.options else asked._replace(masked_values="multiply", mask_op="add")
+    return [reference(call._replace(options=call.options | {"convention": c}), dout) for c in (left_out, added)]
 
-    Whether what is masked is multiplied by 0, so that NaN survives, or skipped, nobody promises unless a convention
-    is asked for; and a kernel of tiles does both.
+
+def _with_poison(name, expected, nan, left_out, added):
+    """What is expected of a candidate that has NaN there.
+
+    Nobody promises whether what is masked is multiplied by 0, so that NaN survives, added to, or skipped, unless a
+    convention is asked for; a kernel of tiles does both. And how far NaN spreads in gradients nobody promises at all.
     """
-    if "convention" in call.options or all(np.isfinite(x).all() for x in call.args[:3]):
-        return {}
-    skip = Convention(masked_values="skip", mask_op="replace")
-    return reference(call._replace(options=call.options | {"convention": skip}), dout)
+    gradient = name.startswith("d")
+    expected = np.where(~nan & np.isnan(expected), left_out, expected)
+    return np.where(nan & (np.isnan(added) | gradient), np.nan, expected)
 
 
 def _along_scale(call):

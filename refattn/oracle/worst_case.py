@@ -68,7 +68,7 @@ def forward(part):
     spread = spread + sink_rises * np.abs(part.y)  # the sink's value is 0
     n = chain(a, keys) + tiles(a, keys)
     sums, divisor = _gamma((n + 1) * u.acc), _gamma((n + 1) * u.softmax)
-    apart = (1 + u.prob) * (1 + u.op) ** 2 * (1 + sums) * (1 + u.softmax) ** 4 / (1 - divisor) - 1
+    apart = _over((1 + u.prob) * (1 + u.op) ** 2 * (1 + sums) * (1 + u.softmax) ** 4, divisor)
     p = part.p if part.kept is None else part.p * part.kept
     total = p @ np.abs(part.v)
     lost = _lost_products(part, a, u, p) / least
@@ -196,7 +196,7 @@ def _row_sum(part, fwd, a, u, p, dp, products, moved, lost):
     n = chain(a, p.shape[-1]) + tiles(a, p.shape[-1])
     sums, divisor = _gamma((n + 1) * u.acc), _gamma((n + 1) * u.softmax)
     features, keys = chain(a, part.v.shape[-1]) + 2, chain(a, p.shape[-1]) + 2
-    apart = (1 + u.prob) * (1 + u.op) ** 2 * (1 + u.softmax) ** 4 / (1 - divisor) - 1
+    apart = _over((1 + u.prob) * (1 + u.op) ** 2 * (1 + u.softmax) ** 4, divisor)
     weights = p + fwd.moved
     size_y, size_dy = np.abs(part.y), np.abs(part.dy)
     of_y = total(fwd.moved * part.delta + apart * weights * part.dp + sums * weights * products) / fwd.least
@@ -210,6 +210,11 @@ def _row_sum(part, fwd, a, u, p, dp, products, moved, lost):
 def _expm1(x):
     """e^x - 1, or a little more."""
     return x * (1 + 0.55 * x) if x.max(initial=0) < 0.1 else np.expm1(x)
+
+
+def _over(x, divisor):
+    """x / (1 - divisor) - 1; nothing is left of a sum that may be off by all of itself."""
+    return x / (1 - divisor) - 1 if divisor < 1 else np.inf
 
 
 def _gamma(x):
