@@ -598,6 +598,22 @@ def test_nan_and_shapes_and_dtypes_fail(npz_folder, tmp_path):
         assert not result.ok and verdict.name == "out/out" and words in str(verdict)
 
 
+def test_an_output_of_another_shape_is_not_read(npz_folder, tmp_path, monkeypatch):
+    """It may be as large as somebody likes, and compressed to nothing."""
+    outputs, read = in_float32(npz_folder), []
+    outputs["000_gaussian"]["out/out"] = np.zeros(10**6)
+    put_outputs(tmp_path / "o", "npz", outputs)
+    original = zipfile.ZipFile.read
+
+    def noted(archive, member):
+        read.append(member.file_size)
+        return original(archive, member)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", noted)
+    assert not vectors.verify(npz_folder, tmp_path / "o", "float32").ok
+    assert read and max(read) < 10**6
+
+
 def test_nan_is_right_where_it_is_expected(tmp_path):
     folder = vectors.write(tmp_path / "v", "scaled_dot_product", families=["nan_query"], examples=2)
     outputs = in_float32(folder)
