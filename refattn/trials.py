@@ -44,8 +44,11 @@ class Target(NamedTuple):
             target.like,
             framework=self.framework,
             dtype=self.dtype,
+            arithmetic=target.arithmetic.get(self.dtype),
+            convention=target.convention,
+            gradients=target.gradients,
             example=target.example,
-            max_examples=self.examples,
+            max_examples=self.examples * target.times,
             seed=self.seed,
             name=self.name,
         )

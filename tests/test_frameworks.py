@@ -25,11 +25,30 @@ def test_an_unknown_framework():
         frameworks.load("torchh")
 
 
-def targets():
+def targets(framework="torch"):
     try:
-        return frameworks.load("torch").TARGETS
+        return frameworks.load(framework).TARGETS
     except ImportError:
         return ()
+
+
+def in_every_dtype(*framework):
+    return [pytest.param(t, d, id=f"{t.name}, {d}") for t in targets(*framework) for d in t.dtypes]
+
+
+def judged(target, framework, dtype, function=None, **options):
+    """As `refattn check` does it."""
+    return check(
+        *(function or target.function, target.like),
+        framework=framework,
+        dtype=dtype,
+        arithmetic=target.arithmetic.get(dtype),
+        convention=target.convention,
+        gradients=target.gradients,
+        example=target.example,
+        name=target.name,
+        **options,
+    )
 
 
 @pytest.mark.frameworks
@@ -51,35 +70,33 @@ class TestTorch:
         sdpa = {"scaled_dot_product_attention" + variant for variant in ("", ", causal", ", mask")}
         layers = {"nn.MultiheadAttention", "nn.TransformerEncoderLayer", "nn.GRUCell", "nn.LSTMCell"}
         assert names >= sdpa | layers | {"conv1d, conv2d, conv3d", "batch_norm, training", "batch_norm, inference"}
-        assert all(t.dtypes == ("float64", "float32") for t in targets())
+        assert names >= {"scaled_dot_product_attention, options" + variant for variant in ("", ", math", ", causal")}
+        low = {t.name for t in targets() if t.dtypes != ("float64", "float32")}
+        assert low == {name for name in names if ", options" in name}
         liked = {t.like for t in targets()}
         claimed = {m.name for m in everything().values() if "framework" in m.ABOUT.witnesses}
         assert claimed <= liked, f"say that a framework confirms them, but none is cross-checked: {claimed - liked}"
 
-    @pytest.mark.parametrize("dtype", ["float64", "float32"])
-    @pytest.mark.parametrize("target", targets(), ids=lambda t: t.name)
+    @pytest.mark.parametrize(("target", "dtype"), in_every_dtype())
     def test_it_conforms(self, target, dtype):
-        options = {"framework": "torch", "dtype": dtype, "example": target.example, "max_examples": 8}
-        report = check(target.function, target.like, **options, seed=1, name=target.name)
-        assert report.ok and report.examples == 8 and report.gradients == "judged", str(report)
+        report = judged(target, "torch", dtype, max_examples=8 * target.times, seed=1)
+        assert report.ok and report.examples == 8 * target.times and report.gradients == "judged", str(report)
 
-    @pytest.mark.parametrize("dtype", ["float64", "float32"])
-    @pytest.mark.parametrize("target", targets(), ids=lambda t: t.name)
+    @pytest.mark.parametrize(("target", "dtype"), in_every_dtype())
     def test_a_planted_fault_is_noticed(self, target, dtype, torch):
-        """One element of every output is off by a thousandth; the gradients are then off where it counts."""
+        """One element of every output is off by a thousandth (in low precision, a tenth), and so are its gradients."""
 
         def faulty(*args, **options):
             result = right(*args, **options)
             first, *rest = result if isinstance(result, tuple) else (result,)
             factor = torch.ones_like(first).flatten()
-            factor[-1:] = 1.001
+            factor[-1:] = 1.001 if dtype in ("float64", "float32") else 1.1
             first = first * factor.reshape(first.shape)
             return (first, *rest) if rest else first
 
         right = target.function
         faulty.__signature__ = inspect.signature(right)
-        options = {"framework": "torch", "dtype": dtype, "example": target.example, "max_examples": 6}
-        report = check(faulty, target.like, **options, seed=1)
+        report = judged(target, "torch", dtype, faulty, max_examples=6, seed=1)
         assert not report.ok, str(report)
         assert any(not v.conforms for name, v in report.verdicts.items() if name[0] != "d"), str(report)
         assert any(not v.conforms for name, v in report.verdicts.items() if name[0] == "d"), str(report)
@@ -140,6 +157,109 @@ class TestTorch:
     def test_forward_alone(self, torch):
         report = linear_like(torch, lambda x, params: torch.nn.functional.linear(x, *params), gradients=False)
         assert report.ok and set(report.verdicts) == {"out"} and report.gradients == "not asked for"
+
+
+@pytest.mark.frameworks
+class TestJAX:
+    @pytest.fixture(autouse=True)
+    def jax(self):
+        return pytest.importorskip("jax", reason="jax is not installed: pip install 'refattn[jax]'")
+
+    def test_it_is_available(self, jax):
+        assert frameworks.available()["jax"] == (jax.__version__, "")
+
+    @pytest.mark.parametrize(("target", "dtype"), in_every_dtype("jax"))
+    def test_it_conforms(self, target, dtype):
+        report = judged(target, "jax", dtype, max_examples=6 * target.times, seed=1)
+        assert report.ok and report.examples == 6 * target.times and report.gradients == "judged", str(report)
+
+    def test_rows_without_keys_and_poison(self):
+        (target,) = (t for t in targets("jax") if t.like == "dot_product_attention")
+        families = "empty_rows", "poisoned_keys", "nan_query"
+        report = judged(target, "jax", "float32", families=families, max_examples=6, seed=1)
+        assert report.ok and set(report.families) == set(families), str(report)
+        report = judged(target._replace(convention=None), "jax", "float32", families="empty_rows", max_examples=2)
+        assert not report.ok and any(e.name == "jax" for e in report.explanations), str(report)
+
+    @pytest.mark.parametrize(("target", "dtype"), in_every_dtype("jax"))
+    def test_a_planted_fault_is_noticed(self, target, dtype):
+        def faulty(*args, **options):
+            result = right(*args, **options)
+            first = result[0] if isinstance(result, tuple) else result
+            first = first.at[(-1,) * first.ndim].multiply(1.1 if dtype == "bfloat16" else 1.001)
+            return (first, *result[1:]) if isinstance(result, tuple) else first
+
+        right = target.function
+        faulty.__signature__ = inspect.signature(right)
+        report = judged(target, "jax", dtype, faulty, max_examples=1, seed=1)
+        wrong = [name for name, v in report.verdicts.items() if not v.conforms]
+        assert any(name[0] == "d" for name in wrong) and "out" in wrong, str(report)
+
+    def test_what_comes_back(self, jax):
+        def linear(x, params):
+            return x @ params.weight.T + (0 if params.bias is None else params.bias)
+
+        options = {"framework": "jax", "max_examples": 2}
+        assert check(linear, "linear", **options).ok and check(linear, "linear", dtype="float64", **options).ok
+        assert not jax.config.jax_enable_x64
+        report = check(lambda x, params: jax.lax.stop_gradient(linear(x, params)), "linear", **options)
+        assert report.verdicts["out"].conforms and not report.verdicts["dx"].conforms
+        report = check(lambda x, params: [linear(x, params).astype("float16"), "text"], "linear", **options)
+        assert report.verdicts["out"].problem == "has dtype float16, expected float32"
+        assert report.verdicts["dx"].problem == "nothing came back"
+
+    def test_an_error_leaves_the_configuration_as_it_was(self, jax):
+        report = check(lambda x, params: x @ x.reshape(7, -1, 3), "linear", framework="jax", dtype="float64")
+        assert report.verdicts["call"].problem.startswith("raised ") and not jax.config.jax_enable_x64
+
+
+FORWARD_ONLY = "onnx", "onnxruntime"
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("framework", FORWARD_ONLY)
+class TestONNX:
+    @pytest.fixture(autouse=True)
+    def module(self, framework):
+        pytest.importorskip(framework, reason=f"{framework} is not installed: pip install 'refattn[onnx]'")
+        pytest.importorskip("onnx", reason="onnx is not installed: pip install 'refattn[onnx]'")
+
+    def test_it_conforms(self, framework):
+        for target in targets(framework):
+            for dtype in target.dtypes:
+                report = judged(target, framework, dtype, max_examples=8 * target.times, seed=1)
+                assert report.ok and report.examples == 8 * target.times, str(report)
+                assert report.gradients == "not asked for" and set(report.verdicts) == {"out"}, str(report)
+
+    def test_rows_without_keys(self, framework):
+        for target in targets(framework):
+            report = judged(target, framework, target.dtypes[0], families="empty_rows", max_examples=8)
+            assert report.ok, str(report)
+
+    def test_a_planted_fault_is_noticed(self, framework):
+        for target in targets(framework):
+            for dtype in target.dtypes:
+                right, factor = target.function, 1.1 if dtype == "float16" else 1.001
+
+                def faulty(*args, right=right, factor=factor, **options):
+                    y = right(*args, **options)
+                    y[-1, -1, -1] *= np.array(factor, y.dtype)
+                    return y
+
+                faulty.__signature__ = inspect.signature(right)
+                report = judged(target, framework, dtype, faulty, max_examples=2, seed=1)
+                assert not report.ok and report.verdicts["out"].kind == "BUG", str(report)
+
+    def test_gradients_that_it_has_not(self, framework):
+        target = targets(framework)[0]._replace(gradients=True)
+        report = judged(target, framework, "float32", max_examples=2)
+        assert report.verdicts["out"].conforms and report.verdicts["dq"].problem == "nothing came back"
+
+
+def test_the_extra_of_onnxruntime(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "refattn.frameworks.onnxruntime", raising=False)
+    assert frameworks.available()["onnxruntime"].reason.endswith("pip install 'refattn[onnx]'")
 
 
 def linear_like(torch, candidate, **options):

@@ -1,11 +1,14 @@
 """Other people's attention, next to ours. One file per framework, imported only when asked for.
 
 Such a file has VERSION; run(candidate, args, options, dout), which hands a candidate the framework's own arrays and
-gets NumPy's back; and TARGETS, what the framework is cross-checked on.
+gets NumPy's back, (result, gradients), the latter None where the framework has none; and TARGETS, what the framework
+is cross-checked on.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -17,6 +20,13 @@ class Target(NamedTuple):
     function: object  # takes and gives the framework's arrays; raises NotHandled for what the framework lacks
     example: object = None  # draws the calls, where those of the mechanism's own example seldom fit
     dtypes: tuple = ("float64", "float32")
+    arithmetic: Mapping = MappingProxyType({})  # dtype -> what it promises, where `check` would not know
+    convention: str | None = None  # of refattn.oracle.conventions.PRESETS
+    gradients: bool = True  # False: the framework has none of it
+    times: int = 1  # how many times as many examples as others: where there are many families of inputs
+
+
+EXTRAS = {"onnxruntime": "onnx"}  # framework -> the extra that installs it, where it has another name
 
 
 class Status(NamedTuple):
@@ -36,7 +46,8 @@ def load(name):
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
-        raise ImportError(f"{name} cannot be imported ({error}): pip install 'refattn[{name}]'") from error
+        extra = EXTRAS.get(name, name)
+        raise ImportError(f"{name} cannot be imported ({error}): pip install 'refattn[{extra}]'") from error
 
 
 def available():

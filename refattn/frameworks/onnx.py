@@ -5,25 +5,30 @@
 
 Inputs come in ONNX's order, None for those left out; attributes by ONNX's names. float16 and bfloat16 (of ml_dtypes)
 are computed in float32, and rounded once. ONNX has no gradients. Its own node cases are run by tests/test_onnx.py.
+
+TARGETS is the other direction: ONNX's own reference evaluator, next to ours.
 """
+
+import functools
 
 import numpy as np
 import onnx
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
 from refattn.attention.dot_product import dot_product_attention, rotary
 from refattn.attention.dot_product.dot_product_attention import STAGES
+from refattn.frameworks import Target
+from refattn.oracle.contract import NotHandled
 from refattn.oracle.conventions import PRESETS
 from refattn.primitives import layer_norm, rms_norm, softmax
 
 VERSION = onnx.__version__
-TARGETS = ()
 PRECISIONS = {1: "float32", 10: "float16", 11: "float64", 16: "float32"}  # 16 is bfloat16, which NumPy has not
 
 
 def run(candidate, args, options, dout):
     """Call it with NumPy's arrays; there are no gradients."""
-    if dout is not None:
-        raise ValueError("onnx.run: gradients is True, expected False: ONNX has none")
     return candidate(*args, **options), None
 
 
@@ -131,3 +136,77 @@ def _heads(x, heads):
 def _packed(x):
     """(B, H, T, D) as (B, T, H D)."""
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
+
+
+# --- a model of one node, for whoever runs models ---------------------------------------------------------------
+
+
+TYPES = {
+    "float64": TensorProto.DOUBLE,
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bool": TensorProto.BOOL,
+}
+
+
+def attention_node(load, q, k, v, attn_bias, attn_mask, opset=23, **attributes):
+    """Y of a node Attention. load(model) gives a function of {name: array} that returns the list of outputs."""
+    if attn_bias is not None and attn_mask is not None:
+        raise NotHandled("a mask and a bias at once: ONNX has one input for both")
+    if k.shape[1] != v.shape[1]:
+        raise NotHandled("keys and values with different numbers of heads")
+    mask = attn_mask if attn_bias is None else attn_bias
+    given = {"q": q, "k": k, "v": v}
+    if mask is not None:  # its last two axes are not stretched
+        lead = mask.shape[:-2]
+        given["mask"] = np.ascontiguousarray(np.broadcast_to(mask, (*lead, q.shape[2], k.shape[2])))
+    types = tuple((name, x.dtype.name, x.shape) for name, x in given.items())
+    function = _of_types(load, types, opset, tuple(sorted((n, x) for n, x in attributes.items() if x is not None)))
+    return function({name: np.ascontiguousarray(x) for name, x in given.items()})[0]
+
+
+@functools.lru_cache(256)
+def _of_types(load, types, opset, attributes):
+    inputs = [helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, dtype, shape in types]
+    shape = (*types[0][2][:3], types[2][2][3])
+    output = helper.make_tensor_value_info("out", TYPES[types[0][1]], shape)
+    node = helper.make_node("Attention", [name for name, *_ in types], ["out"], **dict(attributes))
+    graph = helper.make_graph([node], "attention", inputs, [output])
+    return load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10))
+
+
+def _evaluator(model):
+    evaluator = ReferenceEvaluator(model)
+    return lambda given: evaluator.run(None, given)
+
+
+def reference_evaluator(
+    q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, scale=None, softcap=None, window=None
+):
+    if scale is not None and not scale > 0:
+        raise NotHandled("a scale of 0 or less: it takes the square root")
+    if scale is not None and q.dtype == np.float64 and float(np.sqrt(np.float32(scale))) ** 2 != scale:
+        raise NotHandled("a scale, in float64: its square root is one of float32")
+    left, right = (-1 if n is None else n for n in window or (None, None))
+    limits = {} if window is None else {"left_window_size": left, "right_window_size": right}
+    return attention_node(
+        *(_evaluator, q, k, v, attn_bias, attn_mask),
+        opset=23 if window is None else 25,
+        is_causal=int(is_causal),
+        scale=scale,
+        softcap=softcap,
+        **limits,
+    )
+
+
+TARGETS = (
+    Target(
+        "reference evaluator, Attention",
+        "dot_product_attention",
+        reference_evaluator,
+        dtypes=("float64", "float32"),
+        convention="onnx_25",
+        gradients=False,
+        times=4,
+    ),
+)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refattn.attention.dot_product import multi_head
 from refattn.core import Call, leaves, tree_map
@@ -206,6 +207,47 @@ def grouped_query(q, k, v, *, order, scale, mask, is_causal):
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=is_causal, enable_gqa=True)
 
 
+def dot_product_math(q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, scale=None):
+    """What is written out: in float32 for what is narrower, and rounded once."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return _dot_product(q, k, v, attn_bias, attn_mask, is_causal, scale)
+
+
+def dot_product(q, k, v, attn_bias=None, *, attn_mask=None, scale=None):
+    """By the kernel that torch takes unless it is told."""
+    _refuse_nan(q, k, v, attn_bias is not None or attn_mask is not None)
+    return _dot_product(q, k, v, attn_bias, attn_mask, False, scale)
+
+
+def dot_product_causal(q, k, v, *, is_causal=False, scale=None):
+    if not is_causal:
+        raise NotHandled("not causal")
+    if q.shape[-1] != v.shape[-1]:
+        raise NotHandled("values of another width: torch falls back to what is written out, a row of its own")
+    _refuse_nan(q, k, v, False)
+    if scale is not None and scale <= 0:
+        raise NotHandled("causal with a scale of 0 or less: torch 2.13's fused kernel gives NaN")
+    return _dot_product(q, k, v, None, None, True, scale)
+
+
+def _dot_product(q, k, v, attn_bias, attn_mask, is_causal, scale):
+    given = [name for name, x in (("bias", attn_bias is not None), ("mask", attn_mask is not None)) if x]
+    given += ["causal"] * is_causal
+    if len(given) > 1:
+        raise NotHandled("a bias, a mask and causal: torch takes one of the three")
+    mask = attn_mask if attn_bias is None else attn_bias
+    options = {"is_causal": is_causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+def _refuse_nan(q, k, v, masked):
+    """What torch 2.13's fused kernel does to NaN, and should not."""
+    if q.dtype in (torch.bfloat16, torch.float16) and any(x.isnan().any() for x in (q, k, v)):
+        raise NotHandled("NaN in low precision: on AMX torch 2.13's products let it out into other rows (oneDNN 5717)")
+    if not masked and k.shape[2] < 16 and (q.isnan().any() or k.isnan().any()):
+        raise NotHandled("NaN, few keys and no mask: a row of NaN is 0 in torch 2.13's fused kernel, if in no vector")
+
+
 def recurrent(x, state, params, *, direction):
     cells = params.cells
     kind = {gru_cell_reference: nn.GRU, lstm_cell_reference: nn.LSTM}.get(type(cells[0]), nn.RNN)
@@ -304,11 +346,33 @@ def transformer_encoder_layer(x, params, *, heads, norm_first, activation, key_m
     return functional_call(module, weights, (x,), masks)
 
 
+EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
+FUSED = {form: f"torch_cpu_{form}" for form in EVERY_DTYPE[1:]}
+# FlexAttention is not here: without its compiler torch 2.13 has no backward of it on the CPU; calls take seconds.
+DOT_PRODUCT = {"dtypes": EVERY_DTYPE, "convention": "torch_sdpa", "times": 4}
+
 TARGETS = (
     Target("scaled_dot_product_attention", "scaled_dot_product", scaled_dot_product),
     Target("scaled_dot_product_attention, causal", "scaled_dot_product", scaled_dot_product_causal),
     Target("scaled_dot_product_attention, mask", "scaled_dot_product", scaled_dot_product_masked),
     Target("scaled_dot_product_attention, enable_gqa", "grouped_query", grouped_query),
+    Target(
+        "scaled_dot_product_attention, options, math",
+        "dot_product_attention",
+        dot_product_math,
+        arithmetic={"bfloat16": "bf16_upcast", "float16": "f16_upcast"},
+        **DOT_PRODUCT,
+    ),
+    Target(
+        "scaled_dot_product_attention, options", "dot_product_attention", dot_product, arithmetic=FUSED, **DOT_PRODUCT
+    ),
+    Target(
+        "scaled_dot_product_attention, options, causal",
+        "dot_product_attention",
+        dot_product_causal,
+        arithmetic=FUSED,
+        **DOT_PRODUCT | {"convention": None, "times": 3},
+    ),
     Target("nn.MultiheadAttention", "multi_head", multi_head_attention, multi_head_example),
     Target("nn.TransformerEncoderLayer", "transformer_encoder_layer", transformer_encoder_layer),
     Target("nn.RNN, nn.GRU, nn.LSTM", "recurrent", recurrent),
