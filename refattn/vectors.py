@@ -358,7 +358,7 @@ def read_manifest(folder):
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}, expected JSON") from None
+        raise ValueError(f"{path}: {_short(error)}, expected JSON") from None
     _must(path, "it", manifest, isinstance(manifest, dict), "an object")
     _field(path, manifest, "format", str, lambda x: x == FORMAT, repr(FORMAT))
     _field(path, manifest, "version", int, lambda x: x == VERSION, f"{VERSION}, the one that is known")
@@ -423,7 +423,9 @@ def _must(path, what, found, holds, expected):
 
 
 def _short(found):
-    text = repr(found)
+    """A value, or the text of another library's error, that may hold anything: printable, and not a whole file."""
+    text = f"{type(found).__name__}: {found}" if isinstance(found, Exception) else repr(found)
+    text = "".join(c if c.isprintable() else "?" for c in text[:101])
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -455,7 +457,7 @@ def _read_case(folder, manifest, case):
     found = storage.decode(file, contents, {name: (a["dtype"], tuple(a["shape"])) for name, a in arrays.items()})
     for name in [*(n for n in arrays if n not in found), *(n for n in found if n not in arrays)]:
         there = "it has" if name in found else "it lacks"
-        raise ValueError(f"{file}: {there} {name}, expected the arrays in {MANIFEST}")
+        raise ValueError(f"{file}: {there} {_short(name)}, expected the arrays in {MANIFEST}")
     read = {}
     for name, about in arrays.items():
         entry, dtype, shape = found[name], np.dtype(DTYPES[about["dtype"]]), tuple(about["shape"])
@@ -507,7 +509,7 @@ def _verdicts(case, outputs, arithmetic):
             yield compare(value, entry.read(), Bound(worst, case.arrays[f"bound/{arithmetic}/{array}"]), **about)
     for name in got:
         if name.startswith(("out/", "grad/")) and name not in expected:
-            yield Verdict(name, BUG, f"is not asked for, expected {', '.join(expected)}", example=case.name)
+            yield Verdict(_short(name), BUG, f"is not asked for, expected {', '.join(expected)}", example=case.name)
 
 
 def _outputs(case, outputs, expected):
@@ -565,7 +567,7 @@ def _decode_npz(file, contents, expected):
             raise ValueError("an array is there twice")
         return {name.removesuffix(".npy"): _npy(file, archive, member) for name, member in members.items()}
     except Exception as error:  # zipfile, zlib and the parser of headers each have their own
-        raise ValueError(f"{file}: {type(error).__name__}: {error}, expected an npz file without pickles") from None
+        raise ValueError(f"{file}: {_short(error)}, expected an npz file without pickles") from None
 
 
 def _npy(file, archive, member):
@@ -575,7 +577,8 @@ def _npy(file, archive, member):
         shape, fortran, dtype = header(stream)
         start, size = stream.tell(), math.prod(shape) * dtype.itemsize
     if dtype.kind not in "fiub":
-        raise ValueError(f"{member.filename} has dtype {dtype}; of bfloat16, store the same numbers as float32")
+        about = f"{member.filename} has dtype {_short(str(dtype))}"
+        raise ValueError(f"{about}; bfloat16 can be stored as float32")
     if start + size != member.file_size or size > LARGEST:
         raise ValueError(f"{member.filename} has {member.file_size} bytes, but {start + size} by its header")
 
@@ -583,7 +586,7 @@ def _npy(file, archive, member):
         try:
             content = archive.read(member)  # as long as it said, or an error
         except Exception as error:
-            raise ValueError(f"{file}: {type(error).__name__}: {error}, expected {member.filename} whole") from None
+            raise ValueError(f"{file}: {_short(error)}, expected {member.filename} whole") from None
         x = np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
         return x.astype(dtype.newbyteorder("="))
 
@@ -611,7 +614,7 @@ def _decode_safetensors(file, contents, expected):
     try:
         found = dict(library.deserialize(content))
     except Exception as error:
-        raise ValueError(f"{file}: {type(error).__name__}: {error}, expected a safetensors file") from None
+        raise ValueError(f"{file}: {_short(error)}, expected a safetensors file") from None
     return {name: _tensor(file, name, about) for name, about in found.items()}
 
 
@@ -621,7 +624,8 @@ def _tensor(file, name, about):
         read = (halves.astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])
         return Entry(read.dtype, read.shape, lambda: read)
     if about["dtype"] not in OF_SAFETENSORS:
-        raise ValueError(f"{file}: {name} has dtype {about['dtype']}, expected BF16, {', '.join(OF_SAFETENSORS)}")
+        expected = f"BF16, {', '.join(OF_SAFETENSORS)}"
+        raise ValueError(f"{file}: {_short(name)} has dtype {_short(about['dtype'])}, expected {expected}")
     dtype = np.dtype(OF_SAFETENSORS[about["dtype"]])
     read = np.frombuffer(about["data"], dtype).reshape(about["shape"]).astype(dtype.newbyteorder("="))
     return Entry(dtype, read.shape, lambda: read)
