@@ -38,7 +38,7 @@ from refattn.registry import find
 FORMAT, VERSION = "refattn vectors", 1
 MANIFEST = "manifest.json"
 OF_EACH = 2  # cases of each family, unless asked for otherwise
-SEVERAL_ANSWERS = "poisoned_keys", "poisoned_values"  # of NaN behind a mask two answers are right; a file has one
+SEVERAL_ANSWERS = "nan_query", "poisoned_keys", "poisoned_values"  # how far NaN spreads; a file has one answer
 LARGEST, LARGEST_MANIFEST = 2**31, 2**26  # bytes of a file or an array that are read
 DTYPES = {"float64": "<f8", "float32": "<f4", "int64": "<i8", "bool": "|b1"}  # of arrays in vectors
 PATH = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)  # no absolute path, no .., nothing hidden
