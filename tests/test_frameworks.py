@@ -183,17 +183,15 @@ class TestJAX:
 
     @pytest.mark.parametrize("target", targets("jax"), ids=lambda t: t.name)
     def test_a_planted_fault_is_noticed(self, target):
-        dtype, examples = target.dtypes[-1], 1 if target.like == "dot_product_attention" else 4
-
         def faulty(*args, **options):
             result = right(*args, **options)
             first = result[0] if isinstance(result, tuple) else result
-            first = first.at[(-1,) * first.ndim].multiply(1.1 if dtype == "bfloat16" else 1.001)
+            first = first.at[(-1,) * first.ndim].multiply(1.001)
             return (first, *result[1:]) if isinstance(result, tuple) else first
 
         right = target.function
         faulty.__signature__ = inspect.signature(right)
-        report = judged(target, "jax", dtype, faulty, max_examples=examples, seed=1)
+        report = judged(target, "jax", "float32", faulty, max_examples=4, seed=1)
         wrong = [name for name, v in report.verdicts.items() if not v.conforms]
         assert any(name[0] == "d" for name in wrong) and "out" in wrong, str(report)
 
