@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from refattn import frameworks, report
+from refattn.oracle.arithmetic import FORMATS, numpy_dtype
 from refattn.oracle.check import check
 from refattn.oracle.check_laws import check_laws
 from refattn.registry import find
@@ -39,6 +40,11 @@ class Target(NamedTuple):
 
     def run(self):
         target = next(t for t in frameworks.load(self.framework).TARGETS if t.name == self.name)
+        try:
+            numpy_dtype(FORMATS[self.dtype])
+        except ImportError as error:  # no ml_dtypes
+            record = {"candidate": self.name, "dtype": self.dtype, "ok": True, "not_judged": str(error)}
+            return Outcome(self, True, (self.name, target.like, self.dtype, "", "not judged: no ml_dtypes"), "", record)
         result = check(
             target.function,
             target.like,
@@ -52,7 +58,9 @@ class Target(NamedTuple):
             seed=self.seed,
             name=self.name,
         )
-        row = self.name, target.like, self.dtype, _worst(result), "ok" if result.ok else "DIFFERS"
+        passed_over = sum(result.passed_over.values())
+        word = ("ok" if result.ok else "DIFFERS") + (f", {passed_over} passed over" if passed_over else "")
+        row = self.name, target.like, self.dtype, _worst(result), word
         return Outcome(self, result.ok, row, str(result), result.as_dict())
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from refattn import frameworks
+from refattn import frameworks, trials
 from refattn.oracle.check import check
 from refattn.registry import everything
 
@@ -100,6 +100,17 @@ class TestTorch:
         assert not report.ok, str(report)
         assert any(not v.conforms for name, v in report.verdicts.items() if name[0] != "d"), str(report)
         assert any(not v.conforms for name, v in report.verdicts.items() if name[0] == "d"), str(report)
+
+    def test_a_dtype_that_numpy_has_not(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        rows = {o.row[2]: o.row[4] for o in (task.run() for task in trials.of_framework("torch", 1, 0)[8:11])}
+        assert rows["bfloat16"] == "not judged: no ml_dtypes" and rows["float32"].startswith("ok"), rows
+
+    def test_calls_that_are_passed_over_show(self):
+        tasks = [t for t in trials.of_framework("torch", 8, 0) if t.name.endswith("options, causal")]
+        outcome = tasks[0].run()
+        assert outcome.row[4] == f"ok, {sum(outcome.record['passed_over'].values())} passed over"
+        assert "causal with a scale of 0 or less: torch 2.13's fused kernel gives NaN" in outcome.record["passed_over"]
 
     def test_a_gradient_that_is_none(self, torch):
         report = linear_like(torch, lambda x, params: torch.nn.functional.linear(x.detach(), *params))
