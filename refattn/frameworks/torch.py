@@ -245,7 +245,9 @@ def _refuse_nan(q, k, v, masked):
     if q.dtype in (torch.bfloat16, torch.float16) and any(x.isnan().any() for x in (q, k, v)):
         raise NotHandled("NaN in low precision: on AMX torch 2.13's products let it out into other rows (oneDNN 5717)")
     if not masked and k.shape[2] < 16 and (q.isnan().any() or k.isnan().any()):
-        raise NotHandled("NaN, few keys, no mask: torch 2.13's fused kernel makes 0 of a row of NaN that fills no vector")
+        raise NotHandled(
+            "NaN, few keys, no mask: torch 2.13's fused kernel makes 0 of a row of NaN that fills no vector"
+        )
 
 
 def recurrent(x, state, params, *, direction):
