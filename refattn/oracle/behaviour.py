@@ -307,7 +307,7 @@ def _answers(candidate, call, run, dout=None):
 
 def _of_these(candidate, call, run, dout):
     """{name: array} of one call: out and lse; 2, 3, ... if there is more; and the gradients, if there is a dout."""
-    result, grads = run(candidate, list(call.args), handed_over(candidate, call), dout)
+    result, grads = run(candidate, list(call.args), handed_over(candidate, call, call.options), dout)
     flat = leaves(tuple(result) if isinstance(result, (tuple, list)) else (result,))
     found = {NAMES[i] if i < len(NAMES) else str(i): np.array(y) for i, (_, y) in enumerate(flat)}
     return found | {name: np.array(g) for name, g in zip(GRADIENTS, grads or ()) if g is not None}

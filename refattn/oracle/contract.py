@@ -68,13 +68,18 @@ def claimed(call, claim, mechanism):
     return kept
 
 
-def handed_over(candidate, call):
-    """The options that a candidate is called with. What is None is left to its own default, if it has one."""
-    parameters = inspect.signature(candidate).parameters
-    needed = {name for name, p in parameters.items() if p.default is p.empty}
+def off_by_default(mechanism):
+    """The options whose default is None."""
+    return {name for name, p in _parameters(mechanism)[1].items() if p.default is None}
+
+
+def handed_over(candidate, call, may_be_off):
+    """The options that a candidate is called with. Of those that may be off, None is left to its own default."""
+    off = {name for name, x in call.options.items() if x is None and name in may_be_off}
+    off -= {name for name, p in inspect.signature(candidate).parameters.items() if p.default is p.empty}
     options, convention = dict(call.options), call.options.get("convention")
     options.pop("convention", None)
-    options = {name: x for name, x in options.items() if x is not None or name in needed}
+    options = {name: x for name, x in options.items() if name not in off}
     if "is_causal" in call.options:  # None would be the convention's
         said = call.options["is_causal"]
         options["is_causal"] = bool(convention and convention.is_causal) if said is None else said

@@ -106,14 +106,18 @@ def _cotangent(judge, call, family, seed):
 def _given(judge, call, dout):
     dtype = judge.dtype or numpy_dtype(judge.arithmetic.inputs)
     names = contract.parameter_names(judge.mechanism)
-    options = {name: cast(value, dtype) for name, value in contract.handed_over(judge.candidate, call).items()}
+    options = {name: cast(value, dtype) for name, value in _options(judge, call).items()}
     dout = cast(dout, judge.dtype or numpy_dtype(judge.arithmetic.out))
     return dict(zip(names, cast(call.args, dtype))) | options | {"dout": dout}
 
 
+def _options(judge, call):
+    return contract.handed_over(judge.candidate, call, contract.off_by_default(judge.mechanism))
+
+
 def _run(judge, call, given):
     names = contract.parameter_names(judge.mechanism)[: len(call.args)]
-    options = {name: given[name] for name in contract.handed_over(judge.candidate, call)}
+    options = {name: given[name] for name in _options(judge, call)}
     return judge.run(judge.candidate, [given[name] for name in names], options, given["dout"])
 
 
