@@ -210,9 +210,9 @@ class TestJAX:
         def linear(x, params):
             return x @ params.weight.T + (0 if params.bias is None else params.bias)
 
-        options = {"framework": "jax", "max_examples": 2}
+        options, before = {"framework": "jax", "max_examples": 2}, jax.config.jax_enable_x64
         assert check(linear, "linear", **options).ok and check(linear, "linear", dtype="float64", **options).ok
-        assert not jax.config.jax_enable_x64
+        assert jax.config.jax_enable_x64 == before
         report = check(lambda x, params: jax.lax.stop_gradient(linear(x, params)), "linear", **options)
         assert report.verdicts["out"].conforms and not report.verdicts["dx"].conforms
         report = check(lambda x, params: [linear(x, params).astype("float16"), "text"], "linear", **options)
@@ -220,8 +220,13 @@ class TestJAX:
         assert report.verdicts["dx"].problem == "nothing came back"
 
     def test_an_error_leaves_the_configuration_as_it_was(self, jax):
-        report = check(lambda x, params: x @ x.reshape(7, -1, 3), "linear", framework="jax", dtype="float64")
-        assert report.verdicts["call"].problem.startswith("raised ") and not jax.config.jax_enable_x64
+        before = jax.config.jax_enable_x64  # other tests of this process may have set it
+        try:
+            jax.config.update("jax_enable_x64", False)
+            report = check(lambda x, params: x @ x.reshape(7, -1, 3), "linear", framework="jax", dtype="float64")
+            assert report.verdicts["call"].problem.startswith("raised ") and not jax.config.jax_enable_x64
+        finally:
+            jax.config.update("jax_enable_x64", before)
 
 
 FORWARD_ONLY = "onnx", "onnxruntime"
