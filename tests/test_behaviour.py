@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call
 from refattn.oracle import behaviour
 from refattn.oracle.behaviour import LAWS, TORCH_VIEWS, VIEWS, check_behaviour
+from refattn.oracle.check import check
 from refattn.oracle.contract import NotHandled
 
 NAMES = {law.__name__ for law in LAWS}
@@ -356,3 +358,31 @@ def test_tensors_that_are_read_as_if_contiguous_are_noticed():
 
     found = check_behaviour(candidate, "dot_product_attention", framework="torch", arithmetic="torch_cpu_float32")
     assert {law for law, problem in found.items() if problem} == {"layout"}
+
+
+def from_the_end(q, k, v, *, is_causal=False, scale=None, always=False):
+    """The diagonal ends at the last key; a query without keys has zeros."""
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    s = q @ np.swapaxes(k, -1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal or always:
+        s = np.where(np.tri(*s.shape[-2:], k=s.shape[-1] - s.shape[-2], dtype=bool), s, -np.inf)
+    top = s.max(axis=-1, keepdims=True)
+    p = np.exp(s - np.where(np.isinf(top), 0, top))
+    total = p.sum(axis=-1, keepdims=True)
+    return (p @ v / np.where(total == 0, 1, total)).astype(q.dtype)
+
+
+def test_the_diagonal_is_where_the_convention_has_it():
+    report = check(from_the_end, "dot_product_attention", convention="flash_attn")
+    assert report.ok and dict(report.behaviour)["causal"] == "", str(report)
+    assert check_behaviour(from_the_end, "dot_product_attention")["causal"] != ""  # from the beginning, unless said
+
+
+def test_a_convention_that_is_always_causal():
+    def always(q, k, v, *, scale=None):
+        return from_the_end(q, k, v, scale=scale, always=True)
+
+    said = Convention(is_causal=True, q_offset="bottom_right")
+    report = check(always, "dot_product_attention", convention=said)
+    behaved = dict(report.behaviour)
+    assert report.ok and behaved["causal"] == "" and "key_permutation" not in behaved, str(report)

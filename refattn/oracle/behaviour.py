@@ -33,7 +33,7 @@ GRADIENTS = "dq", "dk", "dv", "dattn_bias", "dsinks"
 
 def causal(candidate, call, rng, *, run=NUMPY, allowed=0, dout=None):
     """Changing later keys and values changes no earlier output."""
-    if not call.options.get("is_causal"):
+    if not _is_causal(call):
         return None
     hidden = _hidden(call, "is_causal", *_offsets(call))
     later = [slice(j, None) for j in _some_keys(hidden, rng)]
@@ -76,7 +76,13 @@ def _offsets(call):
 
 def _hidden(call, *names):
     """(B, H, Q, K): which keys these options hide."""
-    return ~_seen(call, {name: x for name, x in call.options.items() if name in names})
+    return ~_seen(call, {name: x for name, x in call.options.items() if name in (*names, "convention")})
+
+
+def _is_causal(call):
+    """As asked for, or else as the convention has it."""
+    asked, convention = call.options.get("is_causal"), call.options.get("convention")
+    return bool(convention and convention.is_causal) if asked is None else asked
 
 
 def _seen(call, options):
@@ -172,7 +178,7 @@ def _independent(candidate, call, rng, run, allowed, axis, what):
 def key_permutation(candidate, call, rng, *, run=NUMPY, allowed=0, dout=None):
     """In another order of the keys, with all that belongs to them, the answer is the same."""
     keys, get = call.args[1].shape[-2], call.options.get
-    if get("is_causal") or get("window") is not None or get("kv_seqlens") is not None or keys < 2:
+    if _is_causal(call) or get("window") is not None or get("kv_seqlens") is not None or keys < 2:
         return None
     order = rng.permutation(keys)
 
@@ -352,13 +358,23 @@ FAMILIES = "gaussian", "tile_edges", "low_entropy", "large_masked_values", "shif
 
 
 def check_behaviour(
-    candidate, like, *, framework=None, backward=None, arithmetic="float32", dtype=None, examples=4, seed=0
+    candidate,
+    like,
+    *,
+    framework=None,
+    backward=None,
+    convention=None,
+    arithmetic="float32",
+    dtype=None,
+    examples=4,
+    seed=0,
 ):
     """{law: "" or a problem in words}, on calls with the options that the candidate takes; a law that none tries is
     not there.
 
     Two answers may differ by twice the worst case of the `arithmetic`; those of the same call again not at all.
-    `dtype` is that of the arrays, where they are wider than the formats of the arithmetic.
+    `dtype` is that of the arrays, where they are wider than the formats of the arithmetic; a Convention says where the
+    diagonal is.
     """
     mechanism = find(like) if isinstance(like, str) else like
     arithmetic = ARITHMETICS[arithmetic] if isinstance(arithmetic, str) else arithmetic
@@ -368,6 +384,8 @@ def check_behaviour(
         call = draw(mechanism, FAMILIES[i % len(FAMILIES)], takes, [seed, i])
         if call is None:
             continue
+        if convention is not None:
+            call = call._replace(options=call.options | {"convention": convention})
         rng = np.random.default_rng([seed, i])
         call, dout = _given(mechanism, call, takes, arithmetic, dtype, [seed, i])
         allowed = functools.partial(_twice_the_bound, mechanism, arithmetic, dout)
@@ -391,7 +409,9 @@ def check_behaviour(
 
 def _given(mechanism, call, takes, arithmetic, dtype, seed):
     """The call and a gradient of its output, as the candidate takes them."""
-    call = rounded(claimed(call, takes, mechanism), arithmetic.inputs)
+    convention = {name: x for name, x in call.options.items() if name == "convention"}
+    call = claimed(call, takes, mechanism)
+    call = rounded(call._replace(options=call.options | convention), arithmetic.inputs)
     shape = *call.args[0].shape[:-1], call.args[2].shape[-1]
     dout = rounded(Call((np.random.default_rng([*seed, 1]).normal(size=shape),), {}), arithmetic.out)
     given, out = (dtype or numpy_dtype(form) for form in (arithmetic.inputs, arithmetic.out))

@@ -245,6 +245,7 @@ def _behaviour(judge, trials, backward, known):
         *(judge.candidate, judge.mechanism),
         framework=known["framework"],
         backward=backward if judge.gradients else None,
+        convention=trials[0].call.options.get("convention"),
         arithmetic=judge.arithmetic,
         dtype=judge.dtype,
         examples=BEHAVED,

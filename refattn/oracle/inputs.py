@@ -456,7 +456,7 @@ def visible_keys(q, k, v, options):
     get = options.get
     rules = dot_product_attention.settle(
         *("inputs:", q, k, v, None, get("attn_mask"), None, 0.0, get("scale"), get("is_causal"), get("q_offset")),
-        *(get("window"), get("softcap"), get("q_seqlens"), get("kv_seqlens"), None),
+        *(get("window"), get("softcap"), get("q_seqlens"), get("kv_seqlens"), get("convention")),
     )
     i, j, shape = np.arange(q.shape[2]), np.arange(k.shape[2]), (*q.shape[:3], k.shape[2])
     mask = dot_product_attention.mask_at(get("attn_mask"), i, j, rules.offset)
