@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 
+from refattn.attention.dot_product import dot_product_attention
 from refattn.attention.dot_product.dot_product_attention import Convention
 from refattn.core import Call
 from refattn.oracle import behaviour
 from refattn.oracle.behaviour import LAWS, TORCH_VIEWS, VIEWS, check_behaviour
+from refattn.oracle.bounds import exact
 from refattn.oracle.check import check
 from refattn.oracle.contract import NotHandled
+from refattn.oracle.conventions import PRESETS
 
 NAMES = {law.__name__ for law in LAWS}
 
@@ -376,6 +379,19 @@ def test_the_diagonal_is_where_the_convention_has_it():
     report = check(from_the_end, "dot_product_attention", convention="flash_attn")
     assert report.ok and dict(report.behaviour)["causal"] == "", str(report)
     assert check_behaviour(from_the_end, "dot_product_attention")["causal"] != ""  # from the beginning, unless said
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_convention_is_accused_of_itself(name):
+    """The reference, answering as a framework does, by its own convention."""
+
+    def candidate(q, k, v, attn_bias=None, sinks=None, **options):
+        said = {"convention": exact(PRESETS[name]), "return_lse": True}
+        out, _ = dot_product_attention.forward(q, k, v, attn_bias, sinks, **options | said)
+        return out.y, out.lse
+
+    report = check(candidate, "dot_product_attention", convention=name, max_examples=40, seed=3)
+    assert report.ok and {"causal", "mask", "pure", "layout"} <= set(dict(report.behaviour)), str(report)
 
 
 def test_a_convention_that_is_always_causal():

@@ -96,6 +96,9 @@ def _seen(call, options):
 
 def _unseen(candidate, call, rng, run, allowed, hidden, places, what):
     """The queries from which the keys at one of these places are hidden have the answers they had."""
+    convention = call.options.get("convention")
+    if convention is not None and convention.softcap_after == "mask" and call.options.get("softcap") is not None:
+        return None  # the cap lets hidden keys in again
     q, k, v, *others = call.args
     before, found = _answers(candidate, call, run), None
     for place in places:
