@@ -311,3 +311,19 @@ def test_a_ladder_goes_down():
         admitted = attention_bounds(call, dout, coarse, ("worst",), values)
         assert all((admitted[n].worst >= promised[n].worst).all() for n in values), words
         assert any(admitted[n].worst.mean() > 1.01 * promised[n].worst.mean() for n in values), words
+
+
+def test_errors_of_a_row_add_up_in_a_bias_that_is_stretched_over_keys():
+    """D and lse are off by one number a row: over the keys that does not cancel."""
+    a, largest = ARITHMETICS["bf16_upcast"], 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        q, k = rng.normal(size=(2, 1, 2, 72, 32))
+        v, dout = 4 + rng.normal(size=(1, 2, 72, 32)), 1 + rng.normal(size=(1, 2, 72, 32))
+        args = tuple(round_to(x, a.inputs) for x in (q, k, v, rng.normal(size=(1, 1, 72, 1))))
+        call, dout = Call((*args, None), {"softcap": 3.0}), round_to(dout, a.out)
+        values = reference(call, dout)
+        bounds = attention_bounds(call, dout, a, values=values)
+        found = ratios(results(a, "flash", call, dout), values, bounds, "stat")
+        largest = max(largest, found["dattn_bias"])
+    assert 0.05 < largest <= 1

@@ -13,12 +13,14 @@ from refattn.attention.dot_product import scaled_dot_product
 from refattn.core import About, Array, Call, Shaped, shaped
 from refattn.draw import RandomDraw
 from refattn.examples import blocked_attention, blocked_attention_with_a_bug
+from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.check import assert_conforms, check
 from refattn.oracle.check_laws import check_laws
 from refattn.oracle.contract import NotHandled
 from refattn.oracle.inputs import LARGEST, Stretched, draw_call
 from refattn.primitives import linear, lstm_cell
 from refattn.registry import find
+from tests import emulated
 
 
 def affine(x, params):
@@ -469,3 +471,66 @@ def test_other_seeds_draw_other_calls():
     check_laws(broken(example=example), examples=2, seed=2)
     assert len({round(float(s), 9) for s in seen}) >= 3
     assert RandomDraw(0).size("N") == RandomDraw(0).size("N")
+
+
+# --- what the report says beyond right and wrong ---------------------------------------------------------------
+
+
+def upright(q, k, v, *, scale=None):
+    """Attention in float64, whatever the arrays are, in their dtype at the end."""
+    s = (q.astype(float) @ np.swapaxes(k, -1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    return (e / e.sum(axis=-1, keepdims=True) @ v).astype(q.dtype)
+
+
+def test_the_references_own_error_is_a_small_part_of_the_bounds():
+    report = tried(upright, like="scaled_dot_product", families=["gaussian", "low_entropy"], max_examples=12)
+    assert report.ok and 1e-10 < report.accuracy < 1e-3
+    assert f"own error is at most {report.accuracy:.1e}" in str(report)
+
+
+def test_all_elements_together_show_a_scale_that_is_a_little_off():
+    forward, _ = emulated.kernel(ARITHMETICS["bf16_flash"], "flash")
+
+    def scaled(by):
+        return lambda q, k, v: forward(q, k, v, scale=by * q.shape[-1] ** -0.5)[0]
+
+    options = {"arithmetic": "bf16_flash", "dtype": "float32", "families": "gaussian", "max_examples": 48}
+    assert check(scaled(1), "dot_product_attention", **options).ok
+    report = check(scaled(1.0005), "dot_product_attention", **options)
+    assert report.verdicts["out"].kind == "SUSPECT" and "off together" in str(report), str(report)
+
+
+def test_nan_behind_a_mask_may_not_be_everywhere():
+    def spread(q, k, v, *, is_causal=False):
+        out = upright(q, k, v)
+        return np.full_like(out, np.nan) if np.isnan(k).any() else plain(q, k, v, is_causal=is_causal)
+
+    def plain(q, k, v, *, is_causal=False):
+        allowed = np.tri(q.shape[-2], k.shape[-2], dtype=bool) if is_causal else True
+        s = np.where(allowed, q @ np.swapaxes(k, -1, -2) / np.float32(np.sqrt(q.shape[-1])), -np.inf)
+        e = np.exp(s - s.max(axis=-1, keepdims=True))
+        return e / e.sum(axis=-1, keepdims=True) @ v
+
+    options = {"like": "dot_product_attention", "families": ["poisoned_keys"], "max_examples": 12}
+
+    def grouped(candidate):
+        def called(q, k, v, *, is_causal=False):
+            k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+            return candidate(q, k, v, is_causal=is_causal)
+
+        return called
+
+    with np.errstate(invalid="ignore"):
+        assert check(grouped(plain), **options).ok
+        wrong = check(grouped(spread), **options)
+    assert not wrong.ok and wrong.verdicts["out"].kind == "BUG"
+
+
+def test_what_is_outside_the_model_is_counted_and_no_pass():
+    def huge(draw):
+        return Call((np.full((1, 2, 64), 40.0), np.full((1, 3, 64), 40.0), draw.array(1, 3, 4)), {})
+
+    report = check(upright, "scaled_dot_product", arithmetic="f16_eager", example=huge, max_examples=2)
+    assert report.outside == {"scores of up to 1.02e+05 may overflow float16": 40} and not report.ok
+    assert "outside the model, 40 examples" in str(report) and report.examples == 0
