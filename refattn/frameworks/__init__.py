@@ -17,7 +17,8 @@ class Target(NamedTuple):
 
     name: str
     like: str  # the mechanism or primitive
-    function: object  # takes and gives the framework's arrays; raises NotHandled for what the framework lacks
+    function: object  # takes and gives the framework's arrays; raises NotHandled for what the framework lacks, and
+    # Departure for what it is known to do otherwise
     example: object = None  # draws the calls, where those of the mechanism's own example seldom fit
     dtypes: tuple = ("float64", "float32")
     arithmetic: Mapping = MappingProxyType({})  # dtype -> what it promises, where `check` would not know
@@ -36,7 +37,7 @@ class Status(NamedTuple):
 
 def names():
     """The frameworks that have a file here."""
-    return [info.name for info in pkgutil.iter_modules(__path__)]
+    return [info.name for info in pkgutil.iter_modules(__path__) if info.name[0] != "_"]
 
 
 def load(name):

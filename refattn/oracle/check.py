@@ -48,6 +48,7 @@ class Report(NamedTuple):
     families: dict  # of inputs: name -> how many examples
     outside: dict  # why nothing is predicted -> how many examples
     passed_over: dict  # reason -> how many examples
+    departures: dict  # page in docs/findings -> how many examples of those passed over
     never: tuple  # arguments and options that were never exercised
     gradients: str  # "judged", or why not
     explanations: tuple = ()  # named mistakes and conventions that explain everything, best first
@@ -93,6 +94,7 @@ class Report(NamedTuple):
             lines.append(f"  never exercised: {', '.join(self.never)}")
         lines += [f"  outside the model, {count} examples: {reason}" for reason, count in self.outside.items()]
         lines += [f"  passed over {count} examples: {reason}" for reason, count in self.passed_over.items()]
+        lines += [f"  departs, as is known: docs/findings/{finding}.md" for finding in self.departures]
         if self.accuracy:
             lines.append(f"  the reference's own error is at most {self.accuracy:.1e} of what is allowed")
         return "\n".join(lines)
@@ -166,7 +168,7 @@ def check(
     judge = Judge(candidate, mechanism, run, arithmetic, dtype, how == "judged")
     draws = _families(families, mechanism, example)
     max_examples = usual_examples(mechanism, families) if max_examples is None else max_examples
-    trials, outside, passed_over, known, count = [], Counter(), Counter(), set(), Counter()
+    trials, outside, passed_over, departures, known, count = [], Counter(), Counter(), Counter(), set(), Counter()
     for i in range(20 * max_examples):
         if len(trials) == max_examples:
             break
@@ -181,6 +183,8 @@ def check(
             trial = try_call(judge, call, family, generic, [seed, i])
         except contract.NotHandled as reason:
             passed_over[str(reason) or "not handled"] += 1
+            if isinstance(reason, contract.Departure):
+                departures[reason.finding] += 1
             continue
         outside.update({v.problem for v in trial.verdicts if v.kind == OUTSIDE})
         if any(v.kind != OUTSIDE for v in trial.verdicts):
@@ -202,6 +206,7 @@ def check(
         families=dict(count),
         outside=dict(outside),
         passed_over=dict(passed_over),
+        departures=dict(departures),
         never=tuple(p for p in contract.parameter_names(mechanism) if p not in known),
         gradients=how,
         spec=spec or _spec(candidate, backward),

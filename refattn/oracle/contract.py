@@ -21,6 +21,17 @@ class NotHandled(Exception):
     """Raised by a candidate for a call that it makes no claim about: another one is drawn."""
 
 
+class Departure(NotHandled):
+    """Raised by an adapter where its framework is known to differ from the reference and from what it says itself.
+
+    `finding` is the page in docs/findings that shows the smallest case.
+    """
+
+    def __init__(self, finding, words):
+        super().__init__(words)
+        self.finding = finding
+
+
 class Claim(NamedTuple):
     """What a candidate's signature says that it takes."""
 
