@@ -16,7 +16,7 @@ from refattn.examples import blocked_attention, blocked_attention_with_a_bug
 from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.check import assert_conforms, check
 from refattn.oracle.check_laws import check_laws
-from refattn.oracle.contract import NotHandled
+from refattn.oracle.contract import Departure, NotHandled
 from refattn.oracle.inputs import LARGEST, Stretched, draw_call
 from refattn.primitives import linear, lstm_cell
 from refattn.registry import find
@@ -292,7 +292,18 @@ def test_what_is_not_handled_is_counted_and_something_must_be():
 
     report = tried(nothing)
     assert not report.ok and report.examples == 0 and "NOT JUDGED" in str(report)
-    assert report.passed_over == {"not handled": 120}
+    assert report.passed_over == {"not handled": 120} and report.departures == {}
+
+
+def test_what_is_known_to_depart_is_counted_and_named():
+    def mostly(x, params):
+        if x.shape[-1] != params.weight.shape[0]:
+            raise Departure("somebody-not-square", "wrong unless square")
+        return affine(x, params)
+
+    report = tried(mostly)
+    assert report.ok and report.departures["somebody-not-square"] == report.passed_over["wrong unless square"] > 6
+    assert "departs, as is known: docs/findings/somebody-not-square.md" in str(report)
 
 
 def test_the_calls_may_be_drawn_by_somebody_else():

@@ -208,7 +208,7 @@ def by_hand(file, name, backward=None, arithmetic="float32", chance=False, sizes
     trial = try_call(judge, Call((q, k, v), options), "gaussian", chance, (1, 2))
     dtype, spec = judge.arithmetic.inputs.name, (str(file), name, *((str(file), backward) if backward else ()))
     head = name, "scaled_dot_product", "numpy", dtype, arithmetic, "", 0
-    return Report(*head, {}, {}, 1, {}, {}, {}, (), "judged", smallest=trial, spec=spec)
+    return Report(*head, {}, {}, 1, {}, {}, {}, {}, (), "judged", smallest=trial, spec=spec)
 
 
 def test_numbers_are_exact_whether_written_out_or_packed(file):

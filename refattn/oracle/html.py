@@ -142,6 +142,7 @@ def _tried(report):
     facts += [("never exercised", ", ".join(report.never))]
     facts += [("outside the model", f"{count} examples: {why}") for why, count in report.outside.items()]
     facts += [("passed over", f"{count} examples: {why}") for why, count in report.passed_over.items()]
+    facts += [("departs, as is known", ", ".join(report.departures))]
     if report.accuracy:
         facts += [("accuracy", f"the reference's own error is at most {report.accuracy:.1e} of what is allowed")]
     rows = [f"<dt>{name}</dt><dd>{_text(fact)}</dd>" for name, fact in facts if fact]
