@@ -1,0 +1,21 @@
+"""Calls for layers of frameworks that have fewer options than the reference."""
+
+from refattn.attention.dot_product import multi_head
+from refattn.core import Call
+
+
+def attention_layer(draw):
+    """All four projections, biases for all or none, as many features inside as out, and a key for every query."""
+    heads = draw.choice("heads", 1, 2, 3)
+    features, b, queries, keys = heads * draw.size("E / heads"), draw.size("B"), draw.size("Q"), draw.size("K")
+    f, g = draw.choice("F and G", (features, features), (draw.size("F"), draw.size("G")))
+    bias = draw.choice("bias", True, False)
+    params = multi_head.init(draw.rng, features, key_features=f, value_features=g, bias=bias)
+    mask = draw.mask(b, heads, queries, keys) if draw.choice("masked", False, True) else None
+    key_mask = draw.mask(b, keys) if draw.choice("padded", False, True) else None
+    for some in (mask, key_mask):
+        if some is not None:
+            some[..., 0] = True
+    options = {"heads": heads, "mask": mask, "key_mask": key_mask, "is_causal": draw.choice("is_causal", False, True)}
+    shapes = (b, queries, features), (b, keys, f), (b, keys, g)
+    return Call((*(draw.array(*shape) for shape in shapes), draw.like(params)), options)
