@@ -18,6 +18,8 @@ def mechanisms():
 def __getattr__(name):  # `from refattn import squeeze_excitation` finds the file, whatever its family
     if name in ("check", "assert_conforms"):
         return getattr(importlib.import_module("refattn.oracle.check"), name)
+    if name == "discover":
+        return importlib.import_module("refattn.oracle.discover").discover
     try:
         return importlib.import_module("refattn.registry").find(name).module
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""The command line: refattn list | show | check | vectors."""
+"""The command line: refattn list | show | check | discover | vectors."""
 
 import argparse
 import ast
@@ -13,10 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import refattn
-from refattn import frameworks, report, trials, vectors
+from refattn import frameworks, journal, matrix, report, trials, vectors
 from refattn.oracle import html
 from refattn.oracle.arithmetic import OF_DTYPE
 from refattn.oracle.check import check, usual_examples
+from refattn.oracle.discover import QUESTIONS, discover
 from refattn.registry import everything, find
 from refattn.shapes import spelled
 
@@ -25,6 +26,13 @@ EXAMPLES = 8  # of each mechanism and each target, unless asked for otherwise
 
 class BadUse(Exception):
     """What the user typed cannot be done; the message says why."""
+
+
+class Interrupted(Exception):
+    """By Ctrl-C, in the middle of many trials."""
+
+    def __init__(self, done, total):
+        super().__init__(f"; {done} of {total} are done, and --resume goes on from there" if done else "")
 
 
 def main(argv=None):
@@ -40,6 +48,9 @@ def main(argv=None):
     except BrokenProcessPool:
         print("refattn: a worker died; --jobs 1 will show where", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        print(f"refattn: interrupted{error}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("refattn: interrupted", file=sys.stderr)
         return 130
@@ -65,11 +76,12 @@ def _parser():
         "check",
         help="try everything, some mechanisms, a framework, or a function of your own",
         description="Without WHAT: every mechanism against its laws, every framework that is installed, and the example"
-        " kernels. Exit status: 0 if all conform, 1 if something differs, 2 for bad use.",
+        " kernels. With `all`: the matrix of all frameworks. Exit status: 0 if all conform, 1 if something differs, 2"
+        " for bad use.",
         allow_abbrev=False,
     )
-    checking.add_argument("what", nargs="*", metavar="WHAT", help="mechanisms, frameworks, or FILE.py:FUNCTION")
-    yours = checking.add_argument_group("with FILE.py:FUNCTION")
+    checking.add_argument("what", nargs="*", metavar="WHAT", help="mechanisms, frameworks, all, or a function")
+    yours = checking.add_argument_group("with FILE.py:FUNCTION or MODULE:FUNCTION")
     yours.add_argument("--like", metavar="NAME", help="the mechanism it should be like")
     yours.add_argument("--backward", metavar="FILE.py:FUNCTION", help="its gradients")
     yours.add_argument("--framework", help="whose arrays it takes; NumPy's unless given")
@@ -84,7 +96,21 @@ def _parser():
     checking.add_argument("--examples", type=_at_least(1), metavar="N", help="how many calls each is tried on")
     checking.add_argument("--jobs", type=_at_least(1), metavar="N", help="processes; as many as there are CPUs")
     checking.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    checking.add_argument("--page", type=Path, metavar="FILE", help="with `all`: write the matrix as Markdown")
+    checking.add_argument("--resume", action="store_true", help="go on after an interruption: keep what is done")
     checking.set_defaults(command=check_command)
+
+    finding = commands.add_parser(
+        "discover",
+        help="which convention an attention function follows, by experiment",
+        description="Of a framework, all its dot-product attention; or of a function of your own.",
+        allow_abbrev=False,
+    )
+    finding.add_argument("what", metavar="TARGET", help="a framework, FILE.py:FUNCTION or MODULE:FUNCTION")
+    finding.add_argument("--framework", help="whose arrays it takes; NumPy's unless given")
+    finding.add_argument("--dtype", choices=OF_DTYPE, default="float32", help="of its arrays; float32 unless given")
+    finding.add_argument("--json", type=Path, metavar="FILE", help="write what is found there as well")
+    finding.set_defaults(command=discover_command)
 
     golden = commands.add_parser("vectors", help="inputs, outputs and bounds in files", allow_abbrev=False)
     doing = golden.add_subparsers(required=True, metavar="write|verify")
@@ -153,7 +179,7 @@ def _find(name, *, others=()):
     try:
         return find(name)
     except KeyError as error:
-        near = [other for other in others if difflib.get_close_matches(name, [other], 1, 0.5)]
+        near = difflib.get_close_matches(name, others, 1, 0.5)
         hint = f"; or the framework {near[0]}" if near else ""
         raise BadUse(f"{error.args[0]}{hint} (refattn list shows all)") from None
 
@@ -164,15 +190,20 @@ def _find(name, *, others=()):
 OF_A_FILE = (
     "like", "backward", "framework", "dtype", "arithmetic", "convention", "families", "forward_only", "html", "script",
 )  # fmt: skip
+ALL = "all"  # WHAT, for the matrix
 
 
 def check_command(arguments):
-    _refuse_to_write(arguments, "json", "html", "script")
+    _refuse_to_write(arguments, "json", "html", "script", "page")
     files = [what for what in arguments.what if ":" in what or what.endswith(".py") or os.sep in what]
+    if files and (arguments.resume or arguments.page):
+        raise BadUse("--resume and --page are not for one function")
     content = _check_file(arguments) if files else _check_known(arguments)
     content = {"refattn": refattn.__version__, "seed": arguments.seed} | content
     if arguments.json:
         _write("json", report.write_json, arguments.json, content)
+    if arguments.page:
+        _write("page", report.write_text, arguments.page, matrix.page(content))
     return 0 if content["ok"] else 1
 
 
@@ -197,29 +228,57 @@ def _check_known(arguments):
     for option in OF_A_FILE:
         if getattr(arguments, option):
             raise BadUse(f"--{option.replace('_', '-')} needs FILE.py:FUNCTION")
-    known = frameworks.names()
+    whole = ALL in arguments.what
+    if whole and len(arguments.what) > 1:
+        raise BadUse("all stands alone")
+    if arguments.page and not whole:
+        raise BadUse("--page needs `refattn check all`")
+    known = [*frameworks.names(), *frameworks.FAMILIES]
     wanted = [what for what in arguments.what if what in known]
-    mechanisms = [_find(what, others=known) for what in arguments.what if what not in known]
-    status = frameworks.available() if wanted or not arguments.what else {}
+    mechanisms = [_find(what, others=known) for what in arguments.what if what not in [*known, ALL]]
+    wanted = [name for what in wanted for name in frameworks.FAMILIES.get(what, (what,))]
+    jobs = arguments.jobs or os.cpu_count() or 1
+    status = _status(frameworks.names() if whole or not arguments.what else wanted, arguments, jobs)
     if not arguments.what:
-        mechanisms, wanted = everything().values(), [name for name in known if status[name].version]
+        mechanisms = everything().values()
     for name in wanted:
         if not status[name].version:
             raise BadUse(status[name].reason)
+    wanted = [name for name, found in status.items() if found.version]
     examples = arguments.examples or EXAMPLES
     tasks = [trials.Laws(m.name, examples, arguments.seed) for m in mechanisms]
     for name in wanted:
-        tasks += trials.of_framework(name, examples, arguments.seed)
+        tasks += trials.of_framework(name, status[name], examples, arguments.seed)
+        tasks += trials.discoveries(name, status[name]) if whole else []
     if not arguments.what:
         tasks += [trials.Kernel(name, arguments.examples, arguments.seed) for name in trials.KERNELS]
-    outcomes = trials.run(tasks, arguments.jobs or os.cpu_count() or 1)
-    return _print_outcomes(outcomes, wanted, status)
+    kept = _journal({name: found.version for name, found in status.items()}, arguments.resume)
+    try:
+        outcomes = trials.run(tasks, jobs, kept)
+    except KeyboardInterrupt:
+        raise Interrupted(sum(kept.get(task) is not None for task in tasks) if kept else 0, len(tasks)) from None
+    return _print_outcomes(outcomes, wanted, status) | ({"matrix": matrix.table(outcomes, status)} if whole else {})
+
+
+def _status(names, arguments, jobs):
+    if len(arguments.what) == len(names) == jobs == 1:  # nothing that it could not be together with
+        return {names[0]: frameworks.status(names[0])}
+    return frameworks.available(names, jobs)
+
+
+def _journal(versions, resume):
+    path = journal.place()
+    try:
+        return journal.Journal(path, versions, resume)
+    except OSError as error:
+        if resume:
+            raise BadUse(f"--resume: {path} cannot be used: {error}") from None
+        return None  # a machine without a home is no reason not to check
 
 
 def _print_outcomes(outcomes, wanted, status):
-    laws, targets, kernels = (
-        [o for o in outcomes if isinstance(o.task, kind)] for kind in (trials.Laws, trials.Target, trials.Kernel)
-    )
+    kinds = trials.Laws, trials.Target, trials.Discovery, trials.Kernel
+    laws, targets, discoveries, kernels = ([o for o in outcomes if isinstance(o.task, kind)] for kind in kinds)
     if laws:
         columns = "mechanism", "family", "worst gradient error", "witnesses", "verdict"
         report.table("Laws", columns, [o.row for o in laws])
@@ -230,9 +289,13 @@ def _print_outcomes(outcomes, wanted, status):
             print(f"{name} {status[name].version}: no targets; its operators are checked by the tests\n")
             continue
         report.table(f"{name} {status[name].version}", columns, rows)
-    for name, (version, reason) in status.items():
-        if not version:
-            print(f"{name} is not cross-checked: {reason}\n")
+        rows = [o.row for o in discoveries if o.task.framework == name]
+        if rows:
+            columns = "target", "what it does, by experiment", "as these presets", "verdict"
+            report.table(f"{name}: conventions", columns, rows)
+    for name, about in status.items():
+        if not about.version:
+            print(f"{name} is not cross-checked: {about.reason}\n")
     if kernels:
         columns = "kernel", "like", "dtype", "worst error / allowed", "verdict"
         report.table("Example kernels", columns, [o.row for o in kernels])
@@ -244,8 +307,12 @@ def _print_outcomes(outcomes, wanted, status):
     return {
         "ok": not wrong,
         "laws": [o.record for o in laws],
-        "frameworks": {n: s._asdict() | {"targets": [o.record for o in targets if o.task.framework == n]}
-                       for n, s in status.items()},
+        "frameworks": {
+            name: {"version": about.version, "reason": about.reason}
+            | {kind: [o.record for o in found if o.task.framework == name]
+               for kind, found in (("targets", targets), ("conventions", discoveries))}
+            for name, about in status.items()
+        },
         "kernels": [o.record for o in kernels],
     }  # fmt: skip
 
@@ -295,24 +362,41 @@ def _check_file(arguments):
 
 
 def _spec(text):
-    """(file, function) of FILE.py:FUNCTION, for a script that may run anywhere."""
-    file, _, name = text.rpartition(":")
-    return str(Path(file).resolve()), name
+    """(file or module, function), for a script that may run anywhere."""
+    place, _, name = text.rpartition(":")
+    if not name.isidentifier():
+        return ()  # no script can import a method by its name
+    return place if _is_module(place) else str(Path(place).resolve()), name
+
+
+def _is_module(place):
+    return not Path(place).exists() and all(part.isidentifier() for part in place.split(".")) and place[-3:] != ".py"
 
 
 def _load(spec):
-    """The function of FILE.py:FUNCTION."""
-    file, colon, name = spec.rpartition(":")
-    if not colon or not file or not name:
-        raise BadUse(f"{spec}: expected FILE.py:FUNCTION")
-    if not Path(file).is_file():
-        raise BadUse(f"{file}: no such file")
-    module = _module(Path(file).resolve())
-    function = getattr(module, name, None)
+    """The function of FILE.py:FUNCTION, or of MODULE:FUNCTION; the latter may have dots in it."""
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise BadUse(f"{spec}: expected FILE.py:FUNCTION or MODULE:FUNCTION")
+    if _is_module(place):
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        module = _imported(place, lambda: importlib.import_module(place))
+    elif Path(place).is_file():
+        module = _module(Path(place).resolve())
+    else:
+        raise BadUse(f"{place}: no such file")
+    function = functools.reduce(lambda x, part: getattr(x, part, None), name.split("."), module)
     if not callable(function):
         functions = [n for n, x in vars(module).items() if inspect.isfunction(x) and n[0] != "_"]
-        raise BadUse(f"{file} has no function {name}; it has {', '.join(functions) or 'none'}")
+        raise BadUse(f"{place} has no function {name}; it has {', '.join(functions) or 'none'}")
     return function
+
+
+def _imported(name, load):
+    try:
+        return load()
+    except (Exception, SystemExit) as error:
+        raise BadUse(f"{name} cannot be imported: {type(error).__name__}: {error}") from None
 
 
 @functools.cache
@@ -324,11 +408,54 @@ def _module(path):
         raise BadUse(f"{path.name}: not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(loading)
     sys.path.insert(0, str(path.parent))  # what lies beside it can be imported
-    try:
-        loading.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise BadUse(f"{path.name} cannot be imported: {type(error).__name__}: {error}") from None
+    _imported(path.name, lambda: loading.loader.exec_module(module))
     return module
+
+
+# --- discover ------------------------------------------------------------------------------------------------
+
+
+def discover_command(arguments):
+    _refuse_to_write(arguments, "json")
+    known = [*frameworks.names(), *frameworks.FAMILIES]
+    if arguments.what in known:
+        if arguments.framework:
+            raise BadUse(f"--framework needs FILE.py:FUNCTION; {arguments.what} is one")
+        found = _discover_framework(frameworks.FAMILIES.get(arguments.what, (arguments.what,)))
+    elif ":" in arguments.what:
+        found = [_discover_function(arguments)]
+    else:
+        raise BadUse(f"{arguments.what}: expected FILE.py:FUNCTION, MODULE:FUNCTION or one of {', '.join(known)}")
+    if arguments.json:
+        _write("json", report.write_json, arguments.json, {"refattn": refattn.__version__, "found": found})
+    return 0
+
+
+def _discover_framework(wanted):
+    status = frameworks.available(wanted, len(wanted))
+    for name in wanted:
+        if not status[name].version:
+            raise BadUse(status[name].reason)
+    tasks = [task for name in wanted for task in trials.discoveries(name, status[name])]
+    if not tasks:
+        print(f"{', '.join(wanted)}: no target is dot-product attention")
+    outcomes = trials.run(tasks, 1)
+    for outcome in outcomes:
+        report.say(f"{outcome.text}\n")
+    return [outcome.record for outcome in outcomes]
+
+
+def _discover_function(arguments):
+    candidate = _load(arguments.what)
+    try:
+        with report.progress(len(QUESTIONS)) as done:
+            found = discover(
+                candidate, framework=arguments.framework, dtype=arguments.dtype, name=arguments.what, progress=done
+            )
+    except (ValueError, ImportError) as error:
+        raise BadUse(error) from None
+    report.say(str(found))
+    return found.as_dict()
 
 
 # --- vectors -------------------------------------------------------------------------------------------------

@@ -1,16 +1,22 @@
-"""The trials of `refattn check`: mechanisms, frameworks and the example kernels, in as many processes as wanted."""
+"""The trials of `refattn check`: mechanisms, frameworks and the example kernels, in as many processes as wanted.
+
+Every framework has processes of its own: some cannot be in one with others. What is done is kept in a Journal.
+"""
 
 import multiprocessing
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
+from itertools import groupby
 from typing import NamedTuple
 
 from refattn import frameworks, report
 from refattn.oracle.arithmetic import FORMATS, numpy_dtype
 from refattn.oracle.check import check
 from refattn.oracle.check_laws import check_laws
+from refattn.oracle.conventions import PRESETS
+from refattn.oracle.discover import agrees, discover
 from refattn.registry import find
 
 KERNELS = {"blocked_attention": False, "blocked_attention_with_a_bug": True}  # name -> whether it has a bug
@@ -22,6 +28,7 @@ class Laws(NamedTuple):
     name: str
     examples: int
     seed: int
+    framework = ""
 
     def run(self):
         laws = check_laws(find(self.name), self.examples, self.seed)
@@ -58,10 +65,26 @@ class Target(NamedTuple):
             seed=self.seed,
             name=self.name,
         )
-        passed_over = sum(result.passed_over.values())
-        word = ("ok" if result.ok else "DIFFERS") + (f", {passed_over} passed over" if passed_over else "")
+        word = ", ".join(["ok" if result.ok else "DIFFERS", *_passed_over(result)])
         row = self.name, target.like, self.dtype, _worst(result), word
         return Outcome(self, result.ok, row, str(result), result.as_dict())
+
+
+class Discovery(NamedTuple):
+    """Which convention a target follows: found out, not asked for."""
+
+    framework: str
+    name: str
+
+    def run(self):
+        target = next(t for t in frameworks.load(self.framework).TARGETS if t.name == self.name)
+        dtype = next(dtype for dtype in ("float32", *target.dtypes) if dtype in target.dtypes)
+        found = discover(target.function, framework=self.framework, dtype=dtype, name=self.name)
+        asked = PRESETS.get(target.convention, target.convention)
+        ok = asked is None or agrees(asked, {field: getattr(found.convention, field) for field in found.settled})
+        word = "ok" if ok else "NOT WHAT WAS SAID"
+        row = self.name, found.as_preset(), ", ".join(found.presets) or "none", word
+        return Outcome(self, ok, row, str(found), found.as_dict())
 
 
 class Kernel(NamedTuple):
@@ -70,6 +93,8 @@ class Kernel(NamedTuple):
     name: str
     examples: int
     seed: int
+
+    framework = ""
 
     @property
     def has_bug(self):
@@ -103,43 +128,61 @@ class Outcome(NamedTuple):
     record: dict
 
 
-def of_framework(name, examples, seed):
+def of_framework(name, status, examples, seed):
     """A task for every target of a framework, in every dtype."""
-    targets = frameworks.load(name).TARGETS
-    return [Target(name, t.name, dtype, examples, seed) for t in targets for dtype in t.dtypes]
+    return [Target(name, target, dtype, examples, seed) for target, _, dtypes in status.targets for dtype in dtypes]
+
+
+def discoveries(name, status):
+    """A task for every target of a framework that is dot-product attention."""
+    return [Discovery(name, target) for target, like, _ in status.targets if like == "dot_product_attention"]
 
 
 def _worst(result):
     return f"{max((v.ratio for v in result.verdicts.values()), default=0):.2g}"
 
 
-def run(tasks, jobs):
-    """The outcomes of all tasks, in their order, with a progress bar."""
+def _passed_over(result):
+    """What belongs beside a verdict: pages of findings, and how many calls nobody judged for other reasons."""
+    known = [f"departs: {finding}" for finding in result.departures]
+    others = sum(result.passed_over.values()) - sum(result.departures.values())
+    return known + ([f"{others} passed over"] if others else [])
+
+
+def run(tasks, jobs, journal=None):
+    """The outcomes of all tasks, in their order, with a progress bar; those that the journal has are not run again."""
+    outcomes = {task: journal and journal.get(task) for task in tasks}
+    missing = [task for task, outcome in outcomes.items() if outcome is None]
     with report.progress(len(tasks)) as done:
-        if jobs == 1 or len(tasks) <= 1:
-            return [_run_here(task, done) for task in tasks]
-        return _run_apart(tasks, min(jobs, len(tasks)), done)
+        for task in tasks:
+            if outcomes[task] is not None:
+                done(task.name)
+
+        def keep(outcome):
+            outcomes[outcome.task] = outcome
+            if journal is not None:
+                journal.put(outcome)
+            done(outcome.task.name)
+
+        groups = [list(group) for _, group in groupby(missing, lambda task: task.framework)]
+        for group in groups:
+            if jobs == 1 and len(groups) == 1:
+                for task in group:
+                    keep(task.run())
+            else:
+                _run_apart(group, min(jobs, len(group)), keep)
+    return [outcomes[task] for task in tasks]
 
 
-def _run_here(task, done):
-    outcome = task.run()
-    done(task.name)
-    return outcome
-
-
-def _run_apart(tasks, jobs, done):
+def _run_apart(tasks, jobs, keep):
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # the processes are the threads
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of libraries that run threads
     executor = ProcessPoolExecutor(jobs, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
     try:
-        futures = {executor.submit(task.run): i for i, task in enumerate(tasks)}
-        outcomes = [None] * len(tasks)
-        for future in as_completed(futures):
-            outcomes[futures[future]] = future.result()
-            done(tasks[futures[future]].name)
-        return outcomes
+        for future in as_completed([executor.submit(task.run) for task in tasks]):
+            keep(future.result())
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import refattn
-from refattn import report, trials
+from refattn import frameworks, report, trials
 from refattn.__main__ import main
 from refattn.examples import blocked_attention, blocked_attention_with_a_bug
 from refattn.registry import everything
@@ -188,6 +188,18 @@ def files(tmp_path, monkeypatch):
         ("check good.py:f --like linear --framework torhc", "framework is 'torhc', expected one of"),
         ("check good.py:takes_more --like linear", "takes_more takes y, expected x, params"),
         ("check good.py:f --like scaled_dot_product", "expected q, k, v"),
+        ("check nowhere.kernels:f --like linear", "nowhere.kernels cannot be imported: ModuleNotFoundError"),
+        ("check refattn.core:nothing --like linear", "refattn.core has no function nothing; it has "),
+        ("check all linear", "all stands alone"),
+        ("check linear --page out.md", "--page needs `refattn check all`"),
+        ("check all --page nowhere/out.md", "--page: cannot write to nowhere"),
+        ("check good.py:f --like linear --resume", "--resume and --page are not for one function"),
+        ("discover", "required: TARGET"),
+        ("discover linear", "linear: expected FILE.py:FUNCTION, MODULE:FUNCTION or one of "),
+        ("discover torch --framework torch", "--framework needs FILE.py:FUNCTION; torch is one"),
+        ("discover good.py:f", "f does not take v, expected q, k, v"),
+        ("discover good.py:attend --framework torhc", "framework is 'torhc', expected one of"),
+        ("discover good.py:attend --dtype int8", "invalid choice: 'int8'"),
     ],
 )
 def test_bad_use(refattn_cli, files, command, words):
@@ -344,7 +356,7 @@ def test_a_mechanism_that_breaks_a_law(refattn_cli, monkeypatch, tmp_path):
 
 
 def test_a_framework_that_is_not_there():
-    ended = process("check", "torch", without=["torch", "rich"])
+    ended = process("check", "torch", "--jobs", 1, without=["torch", "rich"])
     assert ended.returncode == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
     assert "torch cannot be imported" in ended.stderr and "pip install 'refattn[torch]'" in ended.stderr
 
@@ -380,8 +392,8 @@ def little(monkeypatch):
     """Everything is two mechanisms."""
     two = {name: everything()[name] for name in ("linear", "softmax")}
     monkeypatch.setattr("refattn.__main__.everything", lambda: two)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "refattn.frameworks.torch", raising=False)
+    here = {"torch": frameworks.Status("", "torch cannot be imported (no): pip install 'refattn[torch]'")}
+    monkeypatch.setattr(frameworks, "available", lambda wanted, jobs: here)
 
 
 def test_everything(refattn_cli, little, tmp_path):
@@ -559,11 +571,9 @@ def test_a_plain_table_is_aligned():
 
 
 def test_a_framework_without_targets_says_so(capsys, monkeypatch):
-    from refattn import frameworks
-
     class Bare:
         VERSION, TARGETS = "1.2", ()
 
     monkeypatch.setattr(frameworks, "load", lambda name: Bare)
-    assert main(["check", "torch"]) == 0
+    assert main(["check", "torch", "--jobs", "1"]) == 0
     assert "torch 1.2: no targets" in capsys.readouterr().out

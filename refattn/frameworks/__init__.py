@@ -6,8 +6,12 @@ is cross-checked on.
 """
 
 import importlib
+import json
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -28,11 +32,14 @@ class Target(NamedTuple):
 
 
 EXTRAS = {"onnxruntime": "onnx"}  # framework -> the extra that installs it, where it has another name
+FAMILIES = {"keras": ("keras_jax", "keras_tensorflow", "keras_torch")}  # one name for several files
+PATIENCE = 300  # seconds, for a framework to be imported
 
 
 class Status(NamedTuple):
     version: str  # empty where it cannot be imported
     reason: str  # why not
+    targets: tuple = ()  # (name, like, dtypes) of each
 
 
 def names():
@@ -47,16 +54,34 @@ def load(name):
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
-        extra = EXTRAS.get(name, name)
+        extra = EXTRAS.get(name, name.partition("_")[0])
         raise ImportError(f"{name} cannot be imported ({error}): pip install 'refattn[{extra}]'") from error
 
 
-def available():
-    """{framework: Status} of all of them: the version, or the reason why not."""
-    found = {}
-    for name in names():
-        try:
-            found[name] = Status(load(name).VERSION, "")
-        except ImportError as error:
-            found[name] = Status("", str(error))
-    return found
+def status(name):
+    """The Status of one of them; it is imported here."""
+    try:
+        adapter = load(name)
+    except ImportError as error:
+        return Status("", str(error))
+    return Status(adapter.VERSION, "", tuple((t.name, t.like, tuple(t.dtypes)) for t in adapter.TARGETS))
+
+
+def available(wanted=None, jobs=1):
+    """{framework: Status}. Each is imported in a process of its own: some do not go together, some die."""
+    wanted = names() if wanted is None else wanted
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(wanted, pool.map(_status_apart, wanted)))
+
+
+def _status_apart(name):
+    code = f"import json; from refattn import frameworks; print('\\n' + json.dumps(frameworks.status({name!r})))"
+    try:
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return Status("", f"{name} cannot be imported within {PATIENCE} seconds")
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or [f"it ends with status {ended.returncode}"])[-1]
+        return Status("", f"{name} cannot be imported: {last}")
+    version, reason, targets = json.loads(ended.stdout.strip().splitlines()[-1])
+    return Status(version, reason, tuple((name, like, tuple(dtypes)) for name, like, dtypes in targets))

@@ -59,6 +59,7 @@ class Report(NamedTuple):
     behaviour: tuple = ()  # (law of refattn.oracle.behaviour, "" or what breaks it), of those that were tried
     accuracy: float = 0.0  # the reference's own error is at most this part of the bounds
     spec: Any = None  # (module, name) of the candidate, for script()
+    version: str = ""  # of the framework, or of NumPy
 
     @property
     def ok(self):
@@ -95,6 +96,8 @@ class Report(NamedTuple):
         lines += [f"  outside the model, {count} examples: {reason}" for reason, count in self.outside.items()]
         lines += [f"  passed over {count} examples: {reason}" for reason, count in self.passed_over.items()]
         lines += [f"  departs, as is known: docs/findings/{finding}.md" for finding in self.departures]
+        if self.framework != "numpy" and self.version:
+            lines.append(f"  with {self.framework} {self.version}")
         if self.accuracy:
             lines.append(f"  the reference's own error is at most {self.accuracy:.1e} of what is allowed")
         return "\n".join(lines)
@@ -210,6 +213,7 @@ def check(
         never=tuple(p for p in contract.parameter_names(mechanism) if p not in known),
         gradients=how,
         spec=spec or _spec(candidate, backward),
+        version=contract.version(framework),
     )
 
 

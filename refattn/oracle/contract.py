@@ -148,3 +148,10 @@ def raised(error):
     """An exception of a candidate in words, with its place."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"raised {type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+
+
+def version(framework):
+    """Of a framework, as its adapter says it; of NumPy for a candidate without one."""
+    if framework in (None, "numpy"):
+        return np.__version__
+    return importlib.import_module("refattn.frameworks").load(framework).VERSION
