@@ -1,4 +1,4 @@
-"""Every finding about a framework is reproduced by the script on its page, and every page is one that an adapter names."""
+"""Every finding about a framework is reproduced by the script on its page, and an adapter names every page."""
 
 import ast
 import importlib.util
@@ -16,7 +16,7 @@ ROOT = Path(refattn.__file__).parents[1]
 PAGES = sorted(path for path in (ROOT / "docs/findings").glob("*.md") if path.stem != "index")
 FENCE = re.compile(r"^```(python|text)\n(.*?)^```$", re.S | re.M)
 ADAPTERS = ROOT / "refattn/frameworks"
-THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
@@ -58,7 +58,8 @@ def test_a_page_has_its_form(page):
     assert re.search(r"\d+\.\d+", FENCE.sub("", text)), "which version"
     script, expected = parts(text)
     assert expected.strip() and imported(script) and len(script.splitlines()) <= 40
-    assert page.stem.split("-")[0] in {path.stem for path in ADAPTERS.glob("*.py")} | {"keras"}, "named by its framework"
+    frameworks = {path.stem for path in ADAPTERS.glob("*.py")} | {"keras"}
+    assert page.stem.split("-")[0] in frameworks, "named by its framework"
 
 
 def test_every_departure_has_its_page_and_every_page_its_departure():
