@@ -11,9 +11,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refattn.attention.dot_product import multi_head
+from refattn.attention.dot_product import transformer_decoder_layer as decoder_layer
+from refattn.attention.dot_product import transformer_encoder_layer as encoder_layer
 from refattn.core import Call, leaves, tree_map
 from refattn.frameworks import Target
-from refattn.oracle.contract import NotHandled
+from refattn.oracle.arithmetic import ARITHMETICS
+from refattn.oracle.contract import Departure, NotHandled
 from refattn.primitives.gru_cell import Params as gru_cell_reference
 from refattn.primitives.lstm_cell import Params as lstm_cell_reference
 
@@ -58,6 +61,12 @@ def _array(x):
     return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
+def departs(when, finding, words):
+    """For an adapter: where this is so, the framework is known to depart."""
+    if when:
+        raise Departure(finding, words)
+
+
 # --- the targets ---------------------------------------------------------------------------------------------
 
 
@@ -67,7 +76,18 @@ def linear(x, params):
 
 def conv(x, params, *, stride, padding, dilation, groups):
     function = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
+    per_axis = (n if isinstance(n, tuple) else (n,) * (x.ndim - 2) for n in (stride, padding, dilation))
+    axes = zip(x.shape[2:], params.weight.shape[2:], *per_axis)
+    crashes = x.dtype in LOW and any(_sees_padding_alone(*axis) for axis in axes)
+    departs(crashes, "torch-conv-16-bit-crash", "windows of padding alone, dilated: in 16 bits torch 2.13 crashes")
     return function(x, params.weight, params.bias, stride, padding, dilation, groups)
+
+
+def _sees_padding_alone(length, kernel, stride, padding, dilation):
+    """Whether along this axis no window has a number of the image under its dilated kernel."""
+    windows = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    places = (stride * i - padding + dilation * j for i in range(windows) for j in range(kernel))
+    return dilation > 1 and not any(0 <= place < length for place in places)
 
 
 def batch_norm_train(x, params=None, *, eps=1e-5):
@@ -107,7 +127,10 @@ def log_softmax(s, *, axis):
 
 
 def logsumexp(s, *, axis, keepdims):
-    return torch.logsumexp(s, axis, keepdims)
+    out = torch.logsumexp(s, axis, keepdims)
+    words = "torch 2.13's gradient is exp(s - y) of the y that was rounded"
+    departs((out.abs() >= 16).any(), "torch-logsumexp-gradient", words)
+    return out
 
 
 def max_pool(x, *, kernel, stride, padding, dilation):
@@ -120,6 +143,8 @@ def max_pool(x, *, kernel, stride, padding, dilation):
 def average_pool(x, *, kernel, stride, padding, count_include_pad):
     if any(2 * p > k for p, k in zip(padding, kernel)):
         raise NotHandled("padding of more than half a kernel")
+    if x.ndim == 5 and x.dtype in LOW:
+        raise NotHandled("torch 2.13 has no avg_pool3d of 16 bits on the CPU")
     function = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[x.ndim]
     return function(x, kernel, stride, padding, count_include_pad=count_include_pad)
 
@@ -184,12 +209,14 @@ def _cell_weights(params, suffix=""):
 
 
 def scaled_dot_product(q, k, v, *, scale):
+    _refuse_what_departs(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def scaled_dot_product_causal(q, k, v, *, scale, is_causal):
     if not is_causal:
         raise NotHandled("not causal")
+    _refuse_what_departs(q, k, v, scale, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True)
 
 
@@ -204,6 +231,8 @@ def grouped_query(q, k, v, *, order, scale, mask, is_causal):
         raise NotHandled("the other order")
     if is_causal and mask is not None:
         raise NotHandled("causal, and a mask too")
+    if mask is None:
+        _refuse_what_departs(q, k, v, scale, is_causal)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=is_causal, enable_gqa=True)
 
 
@@ -215,7 +244,8 @@ def dot_product_math(q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False
 
 def dot_product(q, k, v, attn_bias=None, *, attn_mask=None, scale=None):
     """By the kernel that torch takes unless it is told."""
-    _refuse_nan(q, k, v, attn_bias is not None or attn_mask is not None)
+    if attn_bias is None and attn_mask is None:
+        _refuse_what_departs(q, k, v, scale)
     return _dot_product(q, k, v, attn_bias, attn_mask, False, scale)
 
 
@@ -224,9 +254,7 @@ def dot_product_causal(q, k, v, *, is_causal=False, scale=None):
         raise NotHandled("not causal")
     if q.shape[-1] != v.shape[-1]:
         raise NotHandled("values of another width: torch falls back to what is written out, a row of its own")
-    _refuse_nan(q, k, v, False)
-    if scale is not None and scale <= 0:
-        raise NotHandled("causal with a scale of 0 or less: torch 2.13's fused kernel gives NaN")
+    _refuse_what_departs(q, k, v, scale, is_causal=True)
     return _dot_product(q, k, v, None, None, True, scale)
 
 
@@ -240,14 +268,23 @@ def _dot_product(q, k, v, attn_bias, attn_mask, is_causal, scale):
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
-def _refuse_nan(q, k, v, masked):
-    """What torch 2.13's fused kernel does to NaN, and should not."""
-    if q.dtype in (torch.bfloat16, torch.float16) and any(x.isnan().any() for x in (q, k, v)):
-        raise NotHandled("NaN in low precision: on AMX torch 2.13's products let it out into other rows (oneDNN 5717)")
-    if not masked and k.shape[2] < 16 and (q.isnan().any() or k.isnan().any()):
-        raise NotHandled(
-            "NaN, few keys, no mask: torch 2.13's fused kernel makes 0 of a row of NaN that fills no vector"
-        )
+def _refuse_what_departs(q, k, v, scale, is_causal=False):
+    """What the fused kernel of the CPU, which torch takes for four axes and values of the same width, does wrong."""
+    if q.ndim != 4 or q.shape[-1] != v.shape[-1]:
+        return
+    words = "causal with a scale of 0 or less: torch 2.13's fused kernel gives NaN"
+    hidden = is_causal and k.shape[2] > 1
+    departs(hidden and scale is not None and scale <= 0, "torch-causal-nonpositive-scale", words)
+    if k.shape[2] < _vector(q.dtype) and (q.isnan().any() or k.isnan().any()):
+        nan = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT).isnan()
+        alone = (nan | ~torch.ones_like(nan).tril() if is_causal else nan).all(-1)
+        departs(alone.any(), "torch-nan-query-row", "NaN alone, in few keys: torch 2.13's fused kernel makes 0 of it")
+
+
+def _vector(dtype):
+    """How many logits the fused kernel has in one register."""
+    width = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+    return width // (8 if dtype == torch.float64 else 4)
 
 
 def recurrent(x, state, params, *, direction):
@@ -271,6 +308,38 @@ def recurrent(x, state, params, *, direction):
 
 
 def multi_head_attention(q, k, v, params, *, heads, mask, key_mask, is_causal, add_zero_attn):
+    masks = _multi_head_masks(q, k, heads, mask, key_mask, is_causal)
+    return _multi_head(q, k, v, params, heads, add_zero_attn, masks)
+
+
+def multi_head_attention_causal(q, k, v, params, *, heads, is_causal, add_zero_attn):
+    """By its own is_causal, which wants the mask too."""
+    if not is_causal:
+        raise NotHandled("not causal")
+    words = "causal by name: torch 2.13 hides tokens that it adds itself"
+    departs(add_zero_attn or params.bias_k is not None, "torch-mha-causal-extra-tokens", words)
+    masks = _multi_head_masks(q, k, heads, None, None, True) | {"is_causal": True}
+    masks["attn_mask"] = masks["attn_mask"][0]
+    return _multi_head(q, k, v, params, heads, add_zero_attn, masks)
+
+
+def multi_head_attention_weights(q, k, v, params, *, heads, mask, key_mask, is_causal, add_zero_attn):
+    """As it is by default, where it returns the weights, too."""
+    masks = _multi_head_masks(q, k, heads, mask, key_mask, is_causal)
+    if not add_zero_attn and params.bias_k is None:
+        _refuse_rows_without_keys(masks, heads)
+    return _multi_head(q, k, v, params, heads, add_zero_attn, masks | {"need_weights": True})
+
+
+def multi_head_attention_inference(q, k, v, params, *, heads, mask, key_mask, is_causal):
+    """Without gradients and with an even number of heads it is another kernel, if it is self-attention."""
+    masks = _multi_head_masks(q, k, heads, mask, key_mask, is_causal)
+    _refuse_rows_without_keys(masks, heads)
+    assert torch.equal(q, k) and torch.equal(q, v)
+    return _multi_head(q, q, q, params, heads, False, masks, training=False)
+
+
+def _multi_head(q, k, v, params, heads, add_zero_attn, masks, training=True):
     weights = _attention_weights(params)
     module = nn.MultiheadAttention(
         q.shape[-1],
@@ -282,15 +351,30 @@ def multi_head_attention(q, k, v, params, *, heads, mask, key_mask, is_causal, a
         vdim=v.shape[-1],
         batch_first=True,
     )
+    return functional_call(module.train(training), weights, (q, k, v), masks)[0]
+
+
+def _multi_head_masks(q, k, heads, mask, key_mask, is_causal):
     allowed = torch.ones(q.shape[0], heads, q.shape[1], k.shape[1], dtype=torch.bool) if mask is None else mask
     if is_causal:
         allowed = allowed.tril()
-    options = {
+    return {
         "attn_mask": None if mask is None and not is_causal else ~allowed.flatten(0, 1),
         "key_padding_mask": None if key_mask is None else ~key_mask,
         "need_weights": False,
     }
-    return functional_call(module, weights, (q, k, v), options)[0]
+
+
+WITHOUT_KEYS = "a query without keys: NaN, where torch 2.13 has 0 by its other path"
+
+
+def _refuse_rows_without_keys(masks, heads):
+    masked = torch.zeros(1, 1, 1, dtype=torch.bool)
+    if masks["attn_mask"] is not None:
+        masked = masked | masks["attn_mask"]
+    if masks["key_padding_mask"] is not None:
+        masked = masked | masks["key_padding_mask"].repeat_interleave(heads, 0)[:, None]
+    departs(masked.all(-1).any(), "torch-mha-weights-nan", WITHOUT_KEYS)
 
 
 def _attention_weights(params):
@@ -323,78 +407,172 @@ def multi_head_example(draw):
     return Call((*(draw.array(*shape) for shape in shapes), draw.like(params)), options)
 
 
+def self_attention_example(draw):
+    """An even number of heads, one array in three places."""
+    heads, b, length = draw.choice("heads", 2, 4), draw.size("B"), draw.size("Q")
+    features = heads * draw.size("E / heads")
+    x, params = draw.array(b, length, features), draw.like(multi_head.init(draw.rng, features, bias=True))
+    kind = draw.choice("masked", "not", "mask", "key_mask", "causal")
+    options = {
+        "heads": heads,
+        "mask": draw.mask(b, heads, length, length) if kind == "mask" else None,
+        "key_mask": draw.mask(b, length) if kind == "key_mask" else None,
+        "is_causal": kind == "causal",
+    }
+    return Call((x, x, x, params), options)
+
+
 def transformer_encoder_layer(x, params, *, heads, norm_first, activation, key_mask, is_causal, eps):
-    if activation not in ("relu", "gelu"):
-        raise NotHandled(f"activation {activation}")
-    weights = {f"self_attn.{name}": w for name, w in _attention_weights(params.attention).items()}
-    for name, part in params.feed_forward._asdict().items() | {("norm1", params.norm1), ("norm2", params.norm2)}:
-        weights |= {f"{name}.{kind}": w for kind, w in zip(("weight", "bias"), part) if w is not None}
-    module = nn.TransformerEncoderLayer(
-        x.shape[-1],
-        heads,
-        len(weights["linear1.weight"]),
-        dropout=0,
-        activation=activation,
-        layer_norm_eps=eps,
-        batch_first=True,
-        norm_first=norm_first,
-        bias="linear1.bias" in weights,
-    )
+    kind, weights = _layer(nn.TransformerEncoderLayer, params, heads, norm_first, activation, eps)
     masks = {
         "src_mask": torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if is_causal else None,
         "src_key_padding_mask": None if key_mask is None else ~key_mask,
         "is_causal": is_causal,
     }
-    return functional_call(module, weights, (x,), masks)
+    return functional_call(kind, weights, (x,), masks)
+
+
+def transformer_encoder_layer_inference(x, params, *, heads, norm_first, activation, key_mask, is_causal, eps):
+    """Without gradients and with an even number of heads it is another kernel."""
+    kind, weights = _layer(nn.TransformerEncoderLayer, params, heads, norm_first, activation, eps)
+    if is_causal and key_mask is not None:
+        raise NotHandled("causal, and padding")
+    departs(key_mask is not None and not key_mask.any(-1).all(), "torch-mha-weights-nan", WITHOUT_KEYS)
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if is_causal else None
+    masks = {"src_mask": mask, "src_key_padding_mask": None if key_mask is None else ~key_mask}
+    return functional_call(kind.eval(), weights, (x,), masks)
+
+
+def transformer_decoder_layer(
+    x, memory, params, *, heads, norm_first, activation, key_mask, memory_mask, is_causal, eps
+):
+    kind, weights = _layer(nn.TransformerDecoderLayer, params, heads, norm_first, activation, eps)
+    masks = {
+        "tgt_mask": torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if is_causal else None,
+        "tgt_key_padding_mask": None if key_mask is None else ~key_mask,
+        "memory_key_padding_mask": None if memory_mask is None else ~memory_mask,
+        "tgt_is_causal": is_causal,
+    }
+    return functional_call(kind, weights, (x, memory), masks)
+
+
+def _layer(kind, params, heads, norm_first, activation, eps):
+    """The module, and its weights by torch's names."""
+    if activation not in ("relu", "gelu"):
+        raise NotHandled(f"activation {activation}")
+    parts = params._asdict()
+    weights = {f"self_attn.{name}": w for name, w in _attention_weights(parts.pop("attention")).items()}
+    if "cross_attention" in parts:
+        cross = _attention_weights(parts.pop("cross_attention"))
+        weights |= {f"multihead_attn.{name}": w for name, w in cross.items()}
+    for name, part in parts.pop("feed_forward")._asdict().items() | parts.items():
+        weights |= {f"{name}.{kind}": w for kind, w in zip(("weight", "bias"), part) if w is not None}
+    hidden, features = weights["linear1.weight"].shape
+    options = {"activation": activation, "layer_norm_eps": eps, "norm_first": norm_first}
+    options |= {"dropout": 0, "batch_first": True, "bias": "linear1.bias" in weights}
+    return kind(features, heads, hidden, **options), weights
+
+
+def encoder_inference_example(draw):
+    """An even number of heads, norms of both sides, all biases: what torch has another kernel for."""
+    heads, b, t, hidden = 2, draw.size("B", high=2), draw.size("T", high=3), draw.size("M", high=3)
+    params = encoder_layer.init(draw.rng, heads * draw.size("D / heads", high=3), hidden, bias=True)
+    kind = draw.choice("masked", "not", "key_mask", "causal")
+    options = {
+        "heads": heads,
+        "norm_first": draw.choice("norm_first", False, True),
+        "activation": draw.choice("activation", "relu", "gelu"),
+        "key_mask": draw.mask(b, t) if kind == "key_mask" else None,
+        "is_causal": kind == "causal",
+        "eps": draw.choice("eps", 0.01, 0.5),
+    }
+    return Call((draw.array(b, t, len(params.norm1.gamma)), draw.like(params)), options)
+
+
+def decoder_example(draw):
+    """As the reference's own, but with as many features in the memory as in the tokens."""
+    call = decoder_layer.example(draw)
+    x, memory, params = call.args
+    bias = params.norm1.beta is not None
+    params = decoder_layer.init(draw.rng, x.shape[-1], len(params.feed_forward.linear1.weight), bias=bias)
+    return Call((x, draw.array(*memory.shape[:2], x.shape[-1]), draw.like(params)), call.options)
 
 
 EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
+LOW = torch.bfloat16, torch.float16
 FUSED = {form: f"torch_cpu_{form}" for form in EVERY_DTYPE[1:]}
+# In 16 bits nobody told: one operation after the other, each result stored (OF_DTYPE). Of the others,
+# UPCAST is computed in float32 and rounded once. Products are oneDNN's or mkl's, with sums of float32;
+# vec_batch_norm_cpu of inference, upsample_bilinear2d and rms_norm (a composite, in float32) convert what they read.
+UPCAST = {"bfloat16": "bf16_upcast", "float16": "f16_upcast"}
+# SUMS are kept in 16 bits, too: docs/findings/torch-16-bit-sums.md shows each of them.
+SUMS = {
+    eager.out.name: eager._replace(name=f"{eager.name}, sums too", accumulator=eager.out)
+    for eager in (ARITHMETICS["bf16_eager"], ARITHMETICS["f16_eager"])
+}
 # FlexAttention is not here: without its compiler torch 2.13 has no backward of it on the CPU; calls take seconds.
-DOT_PRODUCT = {"dtypes": EVERY_DTYPE, "convention": "torch_sdpa", "times": 4}
+DOT_PRODUCT = {"convention": "torch_sdpa", "times": 4}
+
+
+def _target(*row, **options):
+    return Target(*row, **{"dtypes": EVERY_DTYPE} | options)
+
 
 TARGETS = (
-    Target("scaled_dot_product_attention", "scaled_dot_product", scaled_dot_product),
-    Target("scaled_dot_product_attention, causal", "scaled_dot_product", scaled_dot_product_causal),
-    Target("scaled_dot_product_attention, mask", "scaled_dot_product", scaled_dot_product_masked),
-    Target("scaled_dot_product_attention, enable_gqa", "grouped_query", grouped_query),
-    Target(
-        "scaled_dot_product_attention, options, math",
-        "dot_product_attention",
-        dot_product_math,
-        arithmetic={"bfloat16": "bf16_upcast", "float16": "f16_upcast"},
+    _target("scaled_dot_product_attention", "scaled_dot_product", scaled_dot_product, arithmetic=FUSED),
+    _target("scaled_dot_product_attention, causal", "scaled_dot_product", scaled_dot_product_causal, arithmetic=FUSED),
+    _target("scaled_dot_product_attention, mask", "scaled_dot_product", scaled_dot_product_masked, arithmetic=FUSED),
+    _target("scaled_dot_product_attention, enable_gqa", "grouped_query", grouped_query, arithmetic=FUSED),
+    _target(
+        *("scaled_dot_product_attention, options, math", "dot_product_attention", dot_product_math),
+        arithmetic=UPCAST,
         **DOT_PRODUCT,
     ),
-    Target(
-        "scaled_dot_product_attention, options", "dot_product_attention", dot_product, arithmetic=FUSED, **DOT_PRODUCT
-    ),
-    Target(
-        "scaled_dot_product_attention, options, causal",
-        "dot_product_attention",
-        dot_product_causal,
+    _target(
+        *("scaled_dot_product_attention, options", "dot_product_attention", dot_product),
         arithmetic=FUSED,
-        **DOT_PRODUCT | {"convention": None, "times": 3},
+        **DOT_PRODUCT,
     ),
-    Target("nn.MultiheadAttention", "multi_head", multi_head_attention, multi_head_example),
-    Target("nn.TransformerEncoderLayer", "transformer_encoder_layer", transformer_encoder_layer),
-    Target("nn.RNN, nn.GRU, nn.LSTM", "recurrent", recurrent),
-    Target("nn.RNNCell", "rnn_cell", rnn_cell),
-    Target("nn.GRUCell", "gru_cell", gru_cell),
-    Target("nn.LSTMCell", "lstm_cell", lstm_cell),
-    Target("linear", "linear", linear),
-    Target("conv1d, conv2d, conv3d", "conv", conv),
-    Target("batch_norm, training", "batch_norm", batch_norm_train),
-    Target("batch_norm, inference", "batch_norm", batch_norm_eval),
-    Target("layer_norm", "layer_norm", layer_norm),
-    Target("group_norm", "group_norm", group_norm),
-    Target("rms_norm", "rms_norm", rms_norm),
-    Target("softmax", "softmax", softmax),
-    Target("log_softmax", "log_softmax", log_softmax),
-    Target("logsumexp", "logsumexp", logsumexp),
-    Target("max_pool", "max_pool", max_pool),
-    Target("avg_pool", "average_pool", average_pool),
-    Target("adaptive_avg_pool", "adaptive_average_pool", adaptive_average_pool),
-    Target("adaptive_max_pool", "adaptive_max_pool", adaptive_max_pool),
-    Target("interpolate, bilinear", "bilinear_resize", bilinear_resize, bilinear_example),
-    Target("embedding", "embedding", embedding),
+    _target(
+        *("scaled_dot_product_attention, options, causal", "dot_product_attention", dot_product_causal),
+        arithmetic=FUSED,
+        times=3,
+    ),
+    _target("nn.MultiheadAttention", "multi_head", multi_head_attention, multi_head_example),
+    _target("nn.MultiheadAttention, is_causal", "multi_head", multi_head_attention_causal, multi_head_example),
+    _target("nn.MultiheadAttention, weights", "multi_head", multi_head_attention_weights, multi_head_example),
+    _target(
+        *("nn.MultiheadAttention, inference", "multi_head", multi_head_attention_inference, self_attention_example),
+        gradients=False,
+    ),
+    _target("nn.TransformerEncoderLayer", "transformer_encoder_layer", transformer_encoder_layer, arithmetic=SUMS),
+    _target(
+        *("nn.TransformerEncoderLayer, inference", "transformer_encoder_layer", transformer_encoder_layer_inference),
+        encoder_inference_example,
+        gradients=False,
+    ),
+    _target(
+        *("nn.TransformerDecoderLayer", "transformer_decoder_layer", transformer_decoder_layer, decoder_example),
+        arithmetic=SUMS,
+    ),
+    _target("nn.RNN, nn.GRU, nn.LSTM", "recurrent", recurrent),
+    _target("nn.RNNCell", "rnn_cell", rnn_cell),
+    _target("nn.GRUCell", "gru_cell", gru_cell),
+    _target("nn.LSTMCell", "lstm_cell", lstm_cell),
+    _target("linear", "linear", linear, arithmetic=UPCAST),
+    _target("conv1d, conv2d, conv3d", "conv", conv, arithmetic=UPCAST),
+    _target("batch_norm, training", "batch_norm", batch_norm_train),
+    _target("batch_norm, inference", "batch_norm", batch_norm_eval, arithmetic=UPCAST),
+    _target("layer_norm", "layer_norm", layer_norm, arithmetic=SUMS),
+    _target("group_norm", "group_norm", group_norm),
+    _target("rms_norm", "rms_norm", rms_norm, arithmetic=UPCAST),
+    _target("softmax", "softmax", softmax),
+    _target("log_softmax", "log_softmax", log_softmax),
+    _target("logsumexp", "logsumexp", logsumexp),
+    _target("max_pool", "max_pool", max_pool, arithmetic=SUMS),
+    _target("avg_pool", "average_pool", average_pool, arithmetic=SUMS),
+    _target("adaptive_avg_pool", "adaptive_average_pool", adaptive_average_pool, arithmetic=SUMS),
+    _target("adaptive_max_pool", "adaptive_max_pool", adaptive_max_pool, arithmetic=SUMS),
+    _target("interpolate, bilinear", "bilinear_resize", bilinear_resize, bilinear_example, arithmetic=UPCAST),
+    _target("embedding", "embedding", embedding, arithmetic=SUMS),
 )
