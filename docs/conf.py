@@ -15,13 +15,15 @@ author = "the refattn developers"
 copyright = "2026, the refattn developers"
 release = version = refattn.__version__
 
-extensions = ["myst_parser", "sphinx.ext.viewcode"]
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+extensions = ["myst_parser", "sphinx.ext.viewcode", "flow"]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"refattn {release}"
 html_copy_source = False
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["refattn.css"]
 
 generate.pages(HERE / "reference")

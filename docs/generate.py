@@ -1,9 +1,11 @@
-"""Writes the catalogue and one page per mechanism and primitive, from the registry."""
+"""Writes what can be said from the code itself: the catalogue, a page per mechanism, indices, and the matrix."""
 
 import inspect
+import json
 from pathlib import Path
 from textwrap import dedent
 
+from refattn import matrix
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32
 from refattn.oracle.conventions import PRESETS
 from refattn.oracle.inputs import CHANGES
@@ -44,8 +46,23 @@ Generated from the code: the names that `refattn check` takes, and those that it
 """
 
 
+DERIVATIONS = """# Derivations
+
+How every backward pass here was found: the model, its picture, the forward pass, the derivation step by step, the code,
+and at the end of each page its last formula, evaluated as it stands there and compared with the code. How to read them:
+[Deriving a backward pass](../explanation/deriving-a-backward.md).
+"""
+
+FINDINGS = """# Findings
+
+Where a framework departs from the reference, and from what it says itself: the smallest case, what comes out, what is
+right. Each script runs in the tests, wherever the framework is installed. What conforms is in
+[the matrix](../reference/conformance.md).
+"""
+
+
 def pages(folder):
-    """catalogue, laws, judge, and mechanisms/* and primitives/*, below `folder`; only what changed is written."""
+    """The pages below `folder`, which is docs/reference, and the indices beside it; only what changed is written."""
     written = set()
     for m in everything().values():
         place = "primitives" if m.family == "primitives" else "mechanisms"
@@ -53,6 +70,9 @@ def pages(folder):
     _write(folder / "catalogue.md", _catalogue())
     _write(folder / "laws.md", _laws())
     _write(folder / "judge.md", _judge())
+    _write(folder / "conformance.md", matrix.page(json.loads((folder / "conformance.json").read_text())))
+    _write(folder.parent / "derivations" / "index.md", _derivations())
+    _write(folder.parent / "findings" / "index.md", _findings(folder.parent / "findings"))
     for place in ("mechanisms", "primitives"):
         for stale in set((folder / place).glob("*.md")) - written:
             stale.unlink()
@@ -69,7 +89,8 @@ def _page(m):
     about = m.ABOUT
     doc = inspect.cleandoc(m.module.__doc__)
     title, _, body = doc.partition("\n")
-    lines = [f"# {title.rstrip('.')}", "", f"`{m.module.__name__}`", "", "```text", body.strip(), "```", ""]
+    derived = f"[derived step by step](../../derivations/{m.name}.md)"
+    lines = [f"# {title.rstrip('.')}", "", f"`{m.module.__name__}`, {derived}.", "", "```text", body.strip(), "```", ""]
     for kind in ("Params", "Stats", "State", "Out"):
         if hasattr(m.module, kind):
             lines += [f"## {kind}", "", "```text", spelled(getattr(m.module, kind)), "```", ""]
@@ -97,6 +118,20 @@ def _catalogue():
         lines += [""]
     lines += ["```{toctree}", ":hidden:", ":glob:", "", "mechanisms/*", "primitives/*", "```", ""]
     return "\n".join(lines)
+
+
+def _derivations():
+    lines = [DERIVATIONS]
+    for family, question in FAMILIES.items():
+        lines += [f"## {family.replace('_', ' ')}", "", f"*{question}.*", "", "```{toctree}", ":maxdepth: 1", ""]
+        lines += [m.name for m in everything().values() if m.family == family]
+        lines += ["```", ""]
+    return "\n".join(lines)
+
+
+def _findings(folder):
+    names = sorted(path.stem for path in folder.glob("*.md") if path.stem != "index")
+    return "\n".join([FINDINGS, "```{toctree}", ":maxdepth: 1", "", *names, "```", ""])
 
 
 def _laws():

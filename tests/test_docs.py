@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 import refattn
+from refattn.registry import everything
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = {"mechanisms", "primitives"}  # source listings, which run elsewhere
-FENCED = [p for p in PAGES if p.exists() and p.parent.name not in GENERATED and "```python\n" in p.read_text()]
+DERIVATIONS = ROOT / "docs" / "derivations"
+FINDINGS = ROOT / "docs" / "findings"  # whose scripts tests/test_findings.py runs
+RUN_HERE = [p for p in PAGES if p.exists() and p.parent.name not in GENERATED and p.parent != FINDINGS]
+FENCED = [p for p in RUN_HERE if "```python\n" in p.read_text()]
 MODULES = [m.name for m in pkgutil.walk_packages(refattn.__path__, "refattn.") if "__main__" not in m.name]
 
 
@@ -47,6 +51,47 @@ def test_the_readme_begins_with_its_two_commands():
 def test_links_lead_somewhere(page):
     prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", page.read_text(), flags=re.M | re.S)  # x[i](y) in code is no link
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
-        generated = GENERATED | {"catalogue.md", "laws.md"}
+        generated = GENERATED | {"catalogue.md", "laws.md", "conformance.md", "index.md"}
         if not generated & {Path(target).name, Path(target).parent.name}:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+HEADINGS = ("The model", "Forward", "Backward", "The code", "An example", "The last formula, literally")
+
+
+def problems(mechanism, text):
+    """What a derivation page lacks."""
+    file = Path(mechanism.module.__file__).relative_to(ROOT)
+    kind = "primitives" if mechanism.family == "primitives" else "mechanisms"
+    wanted = {
+        f"begins with # {mechanism.title.rstrip('.')}": text.startswith(f"# {mechanism.title.rstrip('.')}\n"),
+        "a link to its reference": f"](../reference/{kind}/{mechanism.name}.md)" in text,
+        f"the headings {HEADINGS}": tuple(re.findall("^## (.+)$", text, re.M)) == HEADINGS,
+        "a drawing in its model": "```{flow}" in text.partition("## Forward")[0],
+        "equations": text.count("$$") >= 4,
+        "an assertion at its end": "assert " in text.partition("## The last formula, literally")[2],
+    }
+    for function in ("forward", "backward"):
+        included = f"```{{literalinclude}} ../../{file.as_posix()}\n:pyobject: {function}\n```"
+        wanted[f"{function}, included from {file}"] = included in text
+    return [name for name, there in wanted.items() if not there]
+
+
+@pytest.mark.parametrize("mechanism", everything().values(), ids=str)
+def test_every_mechanism_is_derived(mechanism):
+    page = DERIVATIONS / f"{mechanism.name}.md"
+    assert page.exists(), f"{mechanism.name} has no derivation page"
+    assert problems(mechanism, page.read_text()) == []
+
+
+def test_a_derivation_page_that_lacks_something():
+    mechanism, text = everything()["softmax"], (DERIVATIONS / "scaled_dot_product.md").read_text()
+    assert len(problems(mechanism, text)) == 4
+    assert problems(everything()["scaled_dot_product"], text) == []
+    assert problems(everything()["scaled_dot_product"], text.replace("assert ", "").replace("{flow}", "")) == [
+        "a drawing in its model", "an assertion at its end",
+    ]  # fmt: skip
+
+
+def test_every_derivation_page_is_of_something():
+    assert {page.stem for page in DERIVATIONS.glob("*.md")} - {"index"} <= set(everything())
