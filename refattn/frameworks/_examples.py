@@ -1,7 +1,8 @@
 """Calls for layers of frameworks that have fewer options than the reference."""
 
 from refattn.attention.dot_product import multi_head
-from refattn.core import Call
+from refattn.core import Call, tree_map
+from refattn.primitives import recurrent
 
 
 def attention_layer(draw):
@@ -19,3 +20,13 @@ def attention_layer(draw):
     options = {"heads": heads, "mask": mask, "key_mask": key_mask, "is_causal": draw.choice("is_causal", False, True)}
     shapes = (b, queries, features), (b, keys, f), (b, keys, g)
     return Call((*(draw.array(*shape) for shape in shapes), draw.like(params)), options)
+
+
+def recurrent_layer(draw):
+    """One layer, forward, of any cell as most frameworks have it, with or without a first state."""
+    n, t, inputs, hidden = (draw.size(name, high=high) for name, high in (("N", 2), ("T", 3), ("I", 2), ("H", 2)))
+    cell, bias = draw.choice("cell", "rnn", "gru", "lstm"), draw.choice("bias", True, False)
+    params = draw.like(recurrent.init(draw.rng, inputs, hidden, cell=cell, bias=bias))
+    state = recurrent.State(*(draw.array(n, 1, hidden) for _ in range(1 + (cell == "lstm"))))
+    args = draw.array(n, t, inputs), draw.choice("state", state, None), params
+    return Call(tree_map(lambda a: a / 8, args), {})  # a saturated gate hides mistakes
