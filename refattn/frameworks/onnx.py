@@ -6,20 +6,24 @@
 Inputs come in ONNX's order, None for those left out; attributes by ONNX's names. float16 and bfloat16 (of ml_dtypes)
 are computed in float32, and rounded once. ONNX has no gradients. Its own node cases are run by tests/test_onnx.py.
 
-TARGETS is the other direction: ONNX's own reference evaluator, next to ours.
+TARGETS is the other direction: the operators as ONNX's own reference evaluator computes them, next to ours.
 """
 
 import functools
+import inspect
+import math
+from fractions import Fraction
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from refattn.attention.dot_product import dot_product_attention, rotary
 from refattn.attention.dot_product.dot_product_attention import STAGES
 from refattn.frameworks import Target
-from refattn.oracle.contract import NotHandled
+from refattn.frameworks import _onnx_nodes as nodes
+from refattn.oracle.arithmetic import ARITHMETICS, FORMATS, OF_DTYPE
+from refattn.oracle.contract import Departure, NotHandled
 from refattn.oracle.conventions import PRESETS
 from refattn.primitives import layer_norm, rms_norm, softmax
 
@@ -138,75 +142,195 @@ def _packed(x):
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
-# --- a model of one node, for whoever runs models ---------------------------------------------------------------
-
-
-TYPES = {
-    "float64": TensorProto.DOUBLE,
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bool": TensorProto.BOOL,
-}
-
-
-def attention_node(load, q, k, v, attn_bias, attn_mask, opset=23, **attributes):
-    """Y of a node Attention. load(model) gives a function of {name: array} that returns the list of outputs."""
-    if attn_bias is not None and attn_mask is not None:
-        raise NotHandled("a mask and a bias at once: ONNX has one input for both")
-    if k.shape[1] != v.shape[1]:
-        raise NotHandled("keys and values with different numbers of heads")
-    mask = attn_mask if attn_bias is None else attn_bias
-    given = {"q": q, "k": k, "v": v}
-    if mask is not None:  # its last two axes are not stretched
-        lead = mask.shape[:-2]
-        given["mask"] = np.ascontiguousarray(np.broadcast_to(mask, (*lead, q.shape[2], k.shape[2])))
-    types = tuple((name, x.dtype.name, x.shape) for name, x in given.items())
-    function = _of_types(load, types, opset, tuple(sorted((n, x) for n, x in attributes.items() if x is not None)))
-    return function({name: np.ascontiguousarray(x) for name, x in given.items()})[0]
-
-
-@functools.lru_cache(256)
-def _of_types(load, types, opset, attributes):
-    inputs = [helper.make_tensor_value_info(name, TYPES[dtype], shape) for name, dtype, shape in types]
-    shape = (*types[0][2][:3], types[2][2][3])
-    output = helper.make_tensor_value_info("out", TYPES[types[0][1]], shape)
-    node = helper.make_node("Attention", [name for name, *_ in types], ["out"], **dict(attributes))
-    graph = helper.make_graph([node], "attention", inputs, [output])
-    return load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10))
+# --- the reference evaluator, next to ours ------------------------------------------------------------------------
 
 
 def _evaluator(model):
     evaluator = ReferenceEvaluator(model)
-    return lambda given: evaluator.run(None, given)
+
+    def run_quietly(given):
+        with np.errstate(all="ignore"):
+            return evaluator.run(None, given)
+
+    return run_quietly
 
 
-def reference_evaluator(
-    q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, scale=None, softcap=None, window=None
-):
-    if scale is not None and not scale > 0:
-        raise NotHandled("a scale of 0 or less: it takes the square root")
+def _of_evaluator(function, refuse=None, **fixed):
+    """The function of refattn.frameworks._onnx_nodes, after `refuse` has seen the call."""
+    bound = functools.partial(function, _evaluator, **fixed)
+    if refuse is None:
+        return bound
+
+    def candidate(*args, **options):
+        refuse(*args, **options)
+        return bound(*args, **options)
+
+    candidate.__name__, candidate.__signature__ = function.__name__, inspect.signature(bound)
+    return candidate
+
+
+def _refuse_scale(q, *args, scale=None, **options):
     if scale is not None and q.dtype == np.float64 and float(np.sqrt(np.float32(scale))) ** 2 != scale:
-        raise NotHandled("a scale, in float64: its square root is one of float32")
-    left, right = (-1 if n is None else n for n in window or (None, None))
-    limits = {} if window is None else {"left_window_size": left, "right_window_size": right}
-    return attention_node(
-        *(_evaluator, q, k, v, attn_bias, attn_mask),
-        opset=23 if window is None else 25,
-        is_causal=int(is_causal),
-        scale=scale,
-        softcap=softcap,
-        **limits,
-    )
+        words = "onnx.reference 1.23.2 takes the square root of a scale in float32, in float64 too"
+        raise Departure("onnx-reference-scale-root", words)
 
+
+def _refuse_scores(q, *args, return_scores, softcap=None, **options):
+    _refuse_scale(q, *args, **options)
+    if return_scores == "scaled" and softcap is not None:
+        words = "qk_matmul_output_mode 0 of onnx.reference 1.23.2 is after the soft cap"
+        raise Departure("onnx-reference-qk-matmul-output", words)
+
+
+def _refuse_spread(s, *, axis):
+    """Logarithms of what underflows, or is rounded to few digits."""
+    OF_AXIS(s, axis=axis)
+    with np.errstate(all="ignore"):
+        low = (s.min(axis=axis) - s.max(axis=axis)).min(initial=0)
+    if low - np.log(s.shape[axis]) < np.log(float(_tiny(s.dtype))):
+        words = "LogSoftmax of onnx.reference 1.23.2 is the logarithm of the softmax: -inf where that underflows"
+        raise Departure("onnx-reference-log-softmax", words)
+
+
+def _tiny(dtype):
+    """The smallest normal number."""
+    return FORMATS[dtype.name].tiny
+
+
+def _refuse_sums(count, squares=None):
+    """In 16 bits, of more than can be added up there: `count` numbers, or squares over the axes `squares`."""
+
+    def refuse(x, *args, **options):
+        many = x.dtype.name == "bfloat16" and count(x, **options) > 128
+        if squares is not None and x.dtype == np.float16:
+            wide, axes = x.astype(np.float64), squares(x, **options)
+            many = ((wide - wide.mean(axis=axes, keepdims=True)) ** 2).sum(axis=axes).max() > np.finfo(x.dtype).max
+        if many:
+            words = (
+                "onnx.reference 1.23.2 sums 16 bits in 16 bits: 1 + 1 + ... stops at 256 in bfloat16, at inf in float16"
+            )
+            raise Departure("onnx-reference-sums", words)
+
+    return refuse
+
+
+def _refuse_quotients(x, *, size, align_corners):
+    """Positions come from the quotient of lengths, and are as exact as that is."""
+    sizes = (size, size) if isinstance(size, int) else size
+    if (
+        x.dtype == np.float64
+        and align_corners
+        and any(Fraction(n / m) != Fraction(n, m) for n, m in zip(sizes, x.shape[2:]))
+    ):
+        raise NotHandled("align_corners, in float64, where the quotient of the lengths is rounded")
+
+
+def _refuse_pads(x, *, stride, padding, dilation, kernel):
+    strides, dilations = (
+        (n,) * (x.ndim - 2) if isinstance(n, int) else n for n in (kernel if stride is None else stride, dilation)
+    )
+    alike = x.ndim == 4 and len(set(padding)) == 1
+    if max(*strides, *dilations) == 1 and any(padding) and not alike:
+        words = "MaxPool of onnx.reference 1.23.2, stride 1: pads have to be the same for both axes of an image"
+        raise Departure("onnx-reference-max-pool-pads", words)
+
+
+def _refuse_lengths(x, *args, mask=None, **options):
+    if mask is not None and not mask.all():
+        words = "RNN, GRU and LSTM of onnx.reference 1.23.2 take no notice of sequence_lens"
+        raise Departure("onnx-reference-sequence-lens", words)
+
+
+# Of 16 bits it rounds every result of NumPy: scale times q and scale times k (`operands`), exp, the sum, the quotient.
+# Products are summed in float32, np.sum is in bfloat16 (1 + 1 + ... stops at 256), in float32 for float16.
+LOW = {
+    form.name: ARITHMETICS[OF_DTYPE[form.name]]._replace(
+        name=f"onnx_reference_{form.name}", operands=form, softmax=form, exp_error=4 * form.u, tanh_error=8 * form.u
+    )
+    for form in (FORMATS["float16"], FORMATS["bfloat16"])
+}
+SUMS = {
+    "bfloat16": ARITHMETICS[OF_DTYPE["bfloat16"]]._replace(name="onnx_reference_sums", accumulator=FORMATS["bfloat16"])
+}
+EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
+
+
+def _target(name, like, function, **more):
+    return Target(name, like, function, **{"dtypes": EVERY_DTYPE, "gradients": False} | more)
+
+
+OF_LAYER = _refuse_sums(lambda x, axes, **_: math.prod(x.shape[-axes:]), lambda x, axes, **_: tuple(range(-axes, 0)))
+OF_LAST = _refuse_sums(lambda x, **_: x.shape[-1])
+OF_GROUP = _refuse_sums(lambda x, groups, **_: x[0].size // groups)
+OF_CHANNEL = _refuse_sums(lambda x, **_: x[:, 0].size, lambda x, **_: (0, *range(2, x.ndim)))
+OF_AXIS = _refuse_sums(lambda x, axis, **_: x.shape[axis])
+ATTENTION = {"like": "dot_product_attention", "arithmetic": LOW, "times": 4}
 
 TARGETS = (
-    Target(
-        "reference evaluator, Attention",
-        "dot_product_attention",
-        reference_evaluator,
-        dtypes=("float64", "float32"),
-        convention="onnx_25",
-        gradients=False,
-        times=4,
+    _target(
+        "Attention-23", function=_of_evaluator(nodes.attention_23, _refuse_scale), convention="onnx_23", **ATTENTION
     ),
+    _target(
+        "Attention-23, packed",
+        function=_of_evaluator(nodes.attention_23, _refuse_scale, packed=True),
+        convention="onnx_23",
+        **ATTENTION,
+    ),
+    _target(
+        "Attention-24, nonpad_kv_seqlen",
+        function=_of_evaluator(nodes.attention_of_cache, _refuse_scale),
+        convention=PRESETS["onnx_24"]._replace(q_offset="bottom_right"),
+        **ATTENTION,
+    ),
+    _target(
+        "Attention-25", function=_of_evaluator(nodes.attention_25, _refuse_scale), convention="onnx_25", **ATTENTION
+    ),
+    _target(
+        "Attention-23, qk_matmul_output",
+        "dot_product_attention",
+        _of_evaluator(nodes.attention_scores, _refuse_scores),
+        example=nodes.scores_example,
+        convention="onnx_23",
+    ),
+    _target("Attention-25, past and present", "cached", _of_evaluator(nodes.attention_present, _refuse_scale)),
+    _target("RotaryEmbedding", "rotary", _of_evaluator(nodes.rotary)),
+    _target("RotaryEmbedding, position_ids", "rotary", _of_evaluator(nodes.rotary, positions=True)),
+    _target("LayerNormalization", "layer_norm", _of_evaluator(nodes.layer_norm, OF_LAYER), arithmetic=SUMS),
+    _target("RMSNormalization", "rms_norm", _of_evaluator(nodes.rms_norm, OF_LAST), arithmetic=SUMS),
+    _target("GroupNormalization", "group_norm", _of_evaluator(nodes.group_norm, OF_GROUP), arithmetic=SUMS),
+    _target(
+        "BatchNormalization, training",
+        "batch_norm",
+        _of_evaluator(nodes.batch_norm_train, OF_CHANNEL),
+        arithmetic=SUMS,
+        dtypes=EVERY_DTYPE[1:],
+    ),
+    _target(
+        "BatchNormalization, inference",
+        "batch_norm",
+        _of_evaluator(nodes.batch_norm_eval),
+        dtypes=EVERY_DTYPE[1:],
+    ),
+    _target(
+        "BatchNormalization, an epsilon of float32",
+        "batch_norm",
+        _of_evaluator(nodes.batch_norm),
+        example=nodes.batch_norm_example,
+        dtypes=("float64",),
+    ),
+    _target("Softmax", "softmax", _of_evaluator(nodes.softmax, OF_AXIS), arithmetic=SUMS),
+    _target("LogSoftmax", "log_softmax", _of_evaluator(nodes.log_softmax, _refuse_spread), arithmetic=SUMS),
+    _target("ReduceLogSumExp", "logsumexp", _of_evaluator(nodes.logsumexp, OF_AXIS), arithmetic=SUMS),
+    _target("Gemm", "linear", _of_evaluator(nodes.gemm)),
+    _target("MatMul", "linear", _of_evaluator(nodes.matmul)),
+    _target("Conv", "conv", _of_evaluator(nodes.conv)),
+    _target("MaxPool", "max_pool", _of_evaluator(nodes.max_pool, _refuse_pads)),
+    _target("AveragePool", "average_pool", _of_evaluator(nodes.average_pool), arithmetic=SUMS),
+    _target(
+        "Resize, linear",
+        "bilinear_resize",
+        _of_evaluator(nodes.bilinear_resize, _refuse_quotients),
+        example=nodes.bilinear_example,
+    ),
+    _target("RNN, GRU, LSTM", "recurrent", _of_evaluator(nodes.recurrent, _refuse_lengths)),
 )
