@@ -473,10 +473,12 @@ def write_vectors_command(arguments):
             storage=arguments.format,
             gradients=not arguments.forward_only,
         )
-        cases = vectors.read_manifest(folder)["cases"]
+        manifest = vectors.read_manifest(folder)
     except (ValueError, ImportError, OSError) as error:
         raise BadUse(error) from None
-    print(f"{len(cases)} cases of {like.name} in {arguments.folder}")
+    print(f"{len(manifest['cases'])} cases of {like.name} in {arguments.folder}")
+    for reason, count in manifest.get("left_out", {}).items():
+        print(f"left out {count} calls: {reason}")
     return 0
 
 

@@ -4,9 +4,9 @@
     vectors.read("attention_vectors").cases["000_gaussian"].arrays["in/q"]
     vectors.verify("attention_vectors", "my_outputs", "bf16_flash").ok
 
-A folder has a manifest.json and its cases, each one file (npz, safetensors) or a folder of them (raw). What is in them:
-docs/reference/vector-format.md. Nothing is ever unpickled. What is read is believed only as far as the manifest and the
-file agree: name, size, sha256, dtype and shape; whatever does not is a ValueError that says in which file.
+A folder has a manifest.json and its cases, each one file (npz, safetensors) or a folder of them (raw, onnx). What is in
+them: docs/reference/vector-format.md. Nothing is ever unpickled. What is read is believed only as far as the manifest
+and the file agree: name, size, sha256, dtype and shape; whatever does not is a ValueError that says in which file.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import refattn
+from refattn import vectors_onnx
 from refattn.core import Call, leaves, tree_map
 from refattn.oracle import contract, inputs
 from refattn.oracle.arithmetic import ARITHMETICS, round_to
@@ -49,6 +50,7 @@ class Case(NamedTuple):
     family: str  # of inputs
     options: dict  # those that are no arrays
     outside: dict  # arithmetic -> why it predicts nothing here
+    model: bytes  # of ONNX, of a node test that is written; else empty
     arrays: dict  # "in/q", "option/attn_mask", "out/out", "grad/dq", "bound/bf16_flash/dq", "worst/bf16_flash/dq"
 
 
@@ -102,7 +104,8 @@ def write(
     """Write a folder of vectors of a mechanism, whole or not at all, and return its path.
 
     Numbers are those that the formats of all `arithmetics` hold exactly. A folder that is there is replaced if it is
-    one of vectors and nothing else.
+    one of vectors and nothing else. With storage="onnx" calls that no node can say are left out; the manifest says
+    how many, and why.
     """
     mechanism = find(like)
     families, arithmetics = _settled(mechanism, families, arithmetics, storage)
@@ -111,19 +114,20 @@ def write(
     _refuse_to_overwrite(target)
     if storage == "safetensors":
         _safetensors()  # now, not when all is computed
+    say, left_out = vectors_onnx.operator(mechanism) if storage == "onnx" else None, Counter()
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         new = temporary / "new"
         new.mkdir()
         cases = [
             _write_case(new, storage, case)
-            for case in _cases(mechanism, families, examples, seed, arithmetics, gradients)
+            for case in _cases(mechanism, families, examples, seed, arithmetics, gradients, say, left_out)
         ]
         manifest = {
             "format": FORMAT, "version": VERSION, "refattn": refattn.__version__, "mechanism": mechanism.name,
             "source_sha256": _sha256(Path(mechanism.module.__file__).read_bytes()), "storage": storage, "seed": seed,
             "families": list(families), "arithmetics": [a.name for a in arithmetics], "cases": cases,
-        }  # fmt: skip
+        } | ({"left_out": dict(left_out)} if left_out else {})  # fmt: skip
         (new / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _put_in_place(new, target, temporary / "old")
     finally:
@@ -176,13 +180,14 @@ def _put_in_place(new, target, old):
 
 def _write_case(folder, storage, case):
     """Write a Case, and return what the manifest says of it."""
-    files = STORAGES[storage].encode(case.name, case.arrays)
+    files = STORAGES[storage].encode(case)
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     arrays = {name: {"dtype": x.dtype.name, "shape": list(x.shape)} for name, x in case.arrays.items()}
     sums = {path: {"bytes": len(content), "sha256": _sha256(content)} for path, content in files.items()}
     record = case._asdict() | {"options": _jsonable(case.options, case.name), "arrays": arrays, "files": sums}
+    del record["model"]  # is one of the files
     return record
 
 
@@ -212,22 +217,26 @@ def _jsonable(value, name):
 # --- cases -----------------------------------------------------------------------------------------------------
 
 
-def _cases(mechanism, families, examples, seed, arithmetics, gradients):
-    """Yield so many Cases, each family in its turn."""
-    claim, count = contract.claim(mechanism.forward, mechanism), 0
+def _cases(mechanism, families, examples, seed, arithmetics, gradients, say, left_out):
+    """Yield so many Cases, each family in its turn; where there is `say`, only what it can say."""
+    claim, count, before = contract.claim(mechanism.forward, mechanism), 0, "test_" if say else ""
     for i in range(20 * examples):
         if count == examples:
             return
         name = list(families)[i % len(families)]
-        call = inputs.draw(mechanism, name, claim, [seed, i])
+        if say is None:
+            call = inputs.draw(mechanism, name, claim, [seed, i])
+        else:
+            call = vectors_onnx.drawn(mechanism, say, name, [seed, i], left_out)
         if call is None:
             continue
-        yield _case(mechanism, f"{count:03}_{name}", families[name], call, [seed, i], arithmetics, gradients)
+        case = f"{before}{count:03}_{name}"
+        yield _case(mechanism, case, families[name], call, [seed, i], arithmetics, gradients, say)
         count += 1
     raise ValueError(f"vectors: only {count} calls of {', '.join(families)} could be drawn, expected {examples}")
 
 
-def _case(mechanism, name, family, call, seed, arithmetics, gradients):
+def _case(mechanism, name, family, call, seed, arithmetics, gradients, say):
     call = _held_by_all(inputs.cast_call(call, np.float64), [a.inputs for a in arithmetics])
     out, _ = mechanism.forward(*call.args, **call.options)
     if as_dot_product(mechanism, call) is not None and isinstance(out, tuple):
@@ -251,8 +260,11 @@ def _case(mechanism, name, family, call, seed, arithmetics, gradients):
             arrays[f"bound/{arithmetic}/{array}"] = bound.least
             if bound.worst is not None:
                 arrays[f"worst/{arithmetic}/{array}"] = bound.worst
-    arrays = {path: _stored(x) for path, x in arrays.items()}
-    return Case(name, family.name, options, outside, arrays)
+    arrays, model = {path: _stored(x) for path, x in arrays.items()}, b""
+    if say is not None:
+        model, of_node = vectors_onnx.node_test(mechanism, say, call, arrays["out/out"])
+        arrays = of_node | arrays
+    return Case(name, family.name, options, outside, model, arrays)
 
 
 def _held_by_all(call, formats):
@@ -323,9 +335,7 @@ def _by_noise(mechanism, _, call, dout, family, seed, arithmetics):
         below = zip(heads, grads or ())
         return found | {f"grad/{path}": x for head, grad in below for path, x in _leaves_of(grad, head)}
 
-    bounds = {
-        a.name: named(*noise_bounds_of_call(mechanism, call, dout, (out, grads), a, seed)) for a in arithmetics
-    }
+    bounds = {a.name: named(*noise_bounds_of_call(mechanism, call, dout, (out, grads), a, seed)) for a in arithmetics}
     return named(out, grads), bounds, {}
 
 
@@ -464,14 +474,15 @@ def _read_case(folder, manifest, case):
         if entry.dtype != dtype or entry.shape != shape:
             raise ValueError(f"{file}: {name} is {entry.dtype} {entry.shape}, expected {dtype} {shape}")
         read[name] = entry.read()
-    return Case(case["name"], case["family"], case["options"], case["outside"], read)
+    return Case(case["name"], case["family"], case["options"], case["outside"], b"", read)
 
 
 # --- verify ----------------------------------------------------------------------------------------------------
 
 
 def verify(folder, outputs, arithmetic):
-    """Judge somebody's outputs of all cases: a folder with, for each, CASE.npz, CASE.safetensors or CASE/out/out.bin.
+    """Judge somebody's outputs of all cases: a folder with, for each, CASE.npz, CASE.safetensors, CASE/out/out.bin, or
+    CASE/output_0.pb.
 
     The names are those of the vectors, "out/out" and "grad/dq"; what is missing is a failure of its own, and so is an
     output or gradient that was not asked for.
@@ -516,10 +527,12 @@ def _outputs(case, outputs, expected):
     """{name: Entry} of a case, and where it was looked for."""
     files = {name: outputs / (case + storage.suffix) for name, storage in STORAGES.items()}
     found = {name: file for name, file in files.items() if file.exists()}
+    if "raw" in found:  # a folder, as onnx is
+        del found["raw" if any(found["raw"].rglob("*.pb")) else "onnx"]
     if len(found) > 1:
         raise ValueError(f"{outputs}: has {' and '.join(p.name for p in found.values())}, expected one of them")
     for storage, file in found.items():
-        paths = sorted(p for p in file.rglob("*") if p.is_file()) if storage == "raw" else [file]
+        paths = sorted(p for p in file.rglob("*") if p.is_file()) if storage in ("raw", "onnx") else [file]
         for path in paths:
             if not path.is_file() or path.stat().st_size > LARGEST:
                 raise ValueError(f"{path}: expected a file of at most {LARGEST} bytes")
@@ -528,7 +541,7 @@ def _outputs(case, outputs, expected):
     return {}, outputs
 
 
-# --- storages: encode(case, arrays) -> {path: bytes};  decode(file, {path: bytes}, expected) -> {name: Entry} -------
+# --- storages: encode(Case) -> {path: bytes};  decode(file, {path: bytes}, expected) -> {name: Entry} ---------------
 #     expected is {name: (dtype or "", shape)}, for raw, which says neither
 
 
@@ -547,15 +560,15 @@ class Storage(NamedTuple):
     decode: Any
 
 
-def _encode_npz(case, arrays):
+def _encode_npz(case):
     """As np.savez, but the same arrays give the same bytes at any time."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for name, x in arrays.items():
+        for name, x in case.arrays.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, x, version=(1, 0), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), member.getvalue())
-    return {f"{case}.npz": file.getvalue()}
+    return {f"{case.name}.npz": file.getvalue()}
 
 
 def _decode_npz(file, contents, expected):
@@ -604,8 +617,8 @@ def _safetensors():
 OF_SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "BOOL": "|b1"}
 
 
-def _encode_safetensors(case, arrays):
-    return {f"{case}.safetensors": _safetensors().numpy.save(arrays)}
+def _encode_safetensors(case):
+    return {f"{case.name}.safetensors": _safetensors().numpy.save(case.arrays)}
 
 
 def _decode_safetensors(file, contents, expected):
@@ -631,8 +644,8 @@ def _tensor(file, name, about):
     return Entry(dtype, read.shape, lambda: read)
 
 
-def _encode_raw(case, arrays):
-    return {f"{case}/{name}.bin": x.astype(DTYPES[x.dtype.name]).tobytes() for name, x in arrays.items()}
+def _encode_raw(case):
+    return {f"{case.name}/{name}.bin": x.astype(DTYPES[x.dtype.name]).tobytes() for name, x in case.arrays.items()}
 
 
 def _decode_raw(file, contents, expected):
@@ -653,10 +666,15 @@ def _decode_raw(file, contents, expected):
     return found
 
 
+def _decode_onnx(file, contents, expected):
+    return vectors_onnx.decode(file, contents, expected, Entry, _short)
+
+
 STORAGES = {
     "npz": Storage(".npz", lambda case, names: [f"{case}.npz"], _encode_npz, _decode_npz),
     "safetensors": Storage(
         ".safetensors", lambda case, names: [f"{case}.safetensors"], _encode_safetensors, _decode_safetensors
     ),
     "raw": Storage("", lambda case, names: [f"{case}/{name}.bin" for name in names], _encode_raw, _decode_raw),
+    "onnx": Storage("", vectors_onnx.paths, vectors_onnx.encode, _decode_onnx),
 }

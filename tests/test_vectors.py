@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_what_is_read_is_what_the_reference_says(folder):
                 bound, worst = (a[f"{kind}/{arithmetic}/{name.split('/')[1]}"] for kind in ("bound", "worst"))
                 assert bound.shape == worst.shape == expected.shape and (bound <= worst).all() and (bound >= 0).all()
                 assert bound.max() > 0
-            assert (a[f"bound/float32/{name.split('/')[1]}"].max() < a[f"bound/bf16_flash/{name.split('/')[1]}"].max())
+            assert a[f"bound/float32/{name.split('/')[1]}"].max() < a[f"bound/bf16_flash/{name.split('/')[1]}"].max()
         assert case.family in case.name and case.outside == {}
 
 
@@ -831,3 +832,229 @@ def test_readers_say_how_they_are_used(reader):
 def test_text_is_folded_on_a_terminal(npz_folder, tmp_path):
     result = vectors.verify(npz_folder, put_outputs(tmp_path / "o", "npz", in_float32(npz_folder)), "float32")
     assert report.VERDICT.search(str(result))
+
+
+# --- node tests of ONNX ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cached_node_tests(tmp_path_factory):
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install 'refattn[onnx]'")
+    path = tmp_path_factory.mktemp("onnx") / "vectors"
+    families = ["gaussian", "empty_rows", "one_query", "tile_edges"]
+    return vectors.write(path, "dot_product_attention", families=families, examples=12, storage="onnx")
+
+
+@pytest.fixture
+def node_tests(cached_node_tests, tmp_path):
+    return Path(shutil.copytree(cached_node_tests, tmp_path / "vectors"))
+
+
+def first(folder):
+    return min(path for path in folder.iterdir() if path.is_dir())
+
+
+def tensors(folder, kind):
+    from onnx import numpy_helper
+
+    files = sorted(folder.glob(f"{kind}_*.pb"), key=lambda path: int(path.stem.rpartition("_")[2]))
+    return [numpy_helper.to_array(tensor(path)) for path in files]
+
+
+def tensor(path):
+    import onnx
+
+    read = onnx.TensorProto()
+    read.ParseFromString(path.read_bytes())
+    return read
+
+
+def evaluated(folder, outputs):
+    """What ONNX's reference evaluator makes of all node tests, as files of the same names."""
+    import onnx
+    from onnx import numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    for case in sorted(path for path in folder.iterdir() if path.is_dir()):
+        model = onnx.load(case / "model.onnx")
+        onnx.checker.check_model(model)
+        given = dict(zip([x.name for x in model.graph.input], tensors(case / "test_data_set_0", "input"), strict=True))
+        with np.errstate(all="ignore"):
+            found = ReferenceEvaluator(model).run(None, given)
+        expected = tensors(case / "test_data_set_0", "output")
+        for y, due in zip(found, expected, strict=True):
+            assert y.dtype == due.dtype == np.float32 and y.shape == due.shape
+        for y, due in zip(found[1:], expected[1:]):  # the past and the new keys and values
+            np.testing.assert_array_equal(y, due)
+        target = outputs / case.name / "test_data_set_0"
+        target.mkdir(parents=True)
+        (target / "output_0.pb").write_bytes(numpy_helper.from_array(found[0]).SerializeToString())
+    return outputs
+
+
+def test_node_tests_are_read_by_onnx(node_tests):
+    from onnx.backend.test import loader
+
+    cases = {case.name: case for case in loader.load_model_tests(str(node_tests.parent), node_tests.name)}
+    assert list(vectors.read(node_tests).cases) == sorted(cases) and len(cases) == 12
+    for name, case in cases.items():
+        assert Path(case.model_dir) == node_tests / name and (node_tests / name / "model.onnx").is_file()
+
+
+def test_what_is_in_a_node_test(node_tests):
+    """Inputs and outputs of the node are those of the reference, in float32."""
+    past = 0
+    for name, case in vectors.read(node_tests).cases.items():
+        y = case.arrays["out/out"]
+        assert y.dtype == np.float64
+        np.testing.assert_array_equal(case.arrays["node/output_0"], y.astype(np.float32))
+        np.testing.assert_array_equal(case.arrays["node/input_0"], case.arrays["in/q"])
+        np.testing.assert_array_equal(
+            tensors(node_tests / name / "test_data_set_0", "output")[0], case.arrays["node/output_0"]
+        )
+        options = {option: x for option, x in case.options.items() if not isinstance(x, (dict, list))}
+        options |= {path.partition("/")[2]: x for path, x in case.arrays.items() if path.startswith("option/")}
+        if isinstance(case.options.get("window"), list):
+            options["window"] = tuple(case.options["window"])
+        args = [case.arrays.get(f"in/{argument}") for argument in ("q", "k", "v", "attn_bias")]
+        again, _ = dot_product_attention.forward(*args, **options)
+        np.testing.assert_array_equal(again, y)
+        past += "node/output_2" in case.arrays
+    assert past, "no case has a past"
+
+
+def test_the_reference_evaluator_conforms(node_tests, tmp_path):
+    outputs = evaluated(node_tests, tmp_path / "outputs")
+    result = vectors.verify(node_tests, outputs, "float32")
+    assert not result.ok and {v.name for v in result.verdicts if not v.conforms} == {
+        "grad/dq",
+        "grad/dk",
+        "grad/dv",
+    } | {v.name for v in result.verdicts if v.name == "grad/dattn_bias"}, str(result)
+    assert all(v.conforms for v in result.verdicts if v.name == "out/out"), str(result)
+
+
+def test_gradients_lie_beside(node_tests, tmp_path):
+    outputs = evaluated(node_tests, tmp_path / "outputs")
+    for case in node_tests.iterdir():
+        if case.is_dir():
+            shutil.copytree(case / "arrays" / "grad", outputs / case.name / "arrays" / "grad")
+    result = vectors.verify(node_tests, outputs, "float32")
+    assert result.ok and {v.name for v in result.verdicts} >= {"out/out", "grad/dq", "grad/dk", "grad/dv"}, str(result)
+
+
+@pytest.mark.parametrize("like", ["softmax", "layer_norm", "rms_norm", "rotary"])
+def test_node_tests_of_other_operators(tmp_path, like):
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install 'refattn[onnx]'")
+    folder = vectors.write(tmp_path / "vectors", like, examples=6, storage="onnx", gradients=False)
+    outputs = evaluated(folder, tmp_path / "outputs")
+    result = vectors.verify(folder, outputs, "float32")
+    assert result.ok and result.cases == 6, str(result)
+    case = next(path for path in outputs.iterdir())
+    faulty = tensors(case / "test_data_set_0", "output")[0].copy()
+    faulty.flat[-1] += 1e-3
+    put_tensor(case / "test_data_set_0" / "output_0.pb", faulty)
+    result = vectors.verify(folder, outputs, "float32")
+    assert [v.example for v in result.verdicts if not v.conforms] == [case.name], str(result)
+
+
+def put_tensor(path, x):
+    from onnx import numpy_helper
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(numpy_helper.from_array(x).SerializeToString())
+
+
+def test_outputs_of_16_bits(tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: pip install 'refattn[lowp]'")
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install 'refattn[onnx]'")
+    arithmetics = "bf16_upcast", "f16_upcast"
+    folder = vectors.write(
+        tmp_path / "vectors", "softmax", examples=4, storage="onnx", gradients=False, arithmetics=arithmetics
+    )
+    for arithmetic, dtype in zip(arithmetics, (ml_dtypes.bfloat16, np.float16)):
+        outputs = tmp_path / arithmetic
+        for name, case in vectors.read(folder).cases.items():
+            put_tensor(outputs / name / "output_0.pb", case.arrays["out/out"].astype(dtype))
+        result = vectors.verify(folder, outputs, arithmetic)
+        assert result.ok, str(result)
+    assert not vectors.verify(folder, tmp_path / "bf16_upcast", "f16_upcast").ok
+
+
+def test_what_a_node_cannot_say_is_counted(tmp_path, cli):
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install 'refattn[onnx]'")
+    status, text, _ = cli("write", tmp_path / "v", "--like", "rotary", "--format", "onnx", "--examples", 6)
+    left_out = vectors.read_manifest(tmp_path / "v")["left_out"]
+    assert status == 0 and f"6 cases of rotary in {tmp_path / 'v'}" in text
+    assert set(left_out) == {"an odd number of features", "a pairing that writes another order than it reads"}
+    assert all(f"left out {count} calls: {reason}" in text and count > 0 for reason, count in left_out.items())
+
+
+def test_a_mechanism_without_an_operator(tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install 'refattn[onnx]'")
+    with pytest.raises(ValueError, match="like is 'squeeze_excitation', expected one that has an operator of ONNX"):
+        vectors.write(tmp_path / "v", "squeeze_excitation", storage="onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnx(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"node tests need onnx .*pip install 'refattn\[onnx\]'"):
+        vectors.write(tmp_path / "v", "softmax", storage="onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def lies():
+    """{what is wrong: (change of a TensorProto, words)}."""
+    return {
+        "dims": (lambda t: t.dims.append(2), "bytes of data, expected"),
+        "negative dims": (lambda t: t.dims.__setitem__(0, -1), "expected a shape"),
+        "no data": (lambda t: t.ClearField("raw_data"), "has 0 numbers of data, expected"),
+        "another type": (lambda t: setattr(t, "data_type", 8), "data_type is 8, expected one of FLOAT"),
+        "external": (lambda t: setattr(t, "data_location", 1), "its data is in another file"),
+        "a dtype that was not said": (lambda t: setattr(t, "data_type", 7), "is int64"),
+    }
+
+
+@pytest.mark.parametrize("lie", lies())
+def test_a_tensor_that_lies(node_tests, lie):
+    change, words = lies()[lie]
+    path = first(node_tests) / "arrays" / "in" / "q.pb"
+    changed = tensor(path)
+    change(changed)
+    put(node_tests, path.relative_to(node_tests).as_posix(), changed.SerializeToString())
+    with pytest.raises(ValueError, match=words) as error:
+        vectors.read(node_tests)
+    assert first(node_tests).name in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"PK\x03\x04"])
+def test_a_file_that_is_no_tensor(node_tests, content):
+    name = f"{first(node_tests).name}/test_data_set_0/output_0.pb"
+    put(node_tests, name, content)
+    with pytest.raises(ValueError, match=r"output_0\.pb: .*expected"):
+        vectors.read(node_tests)
+
+
+def test_a_truncated_tensor(node_tests):
+    name = f"{first(node_tests).name}/arrays/in/v.pb"
+    put(node_tests, name, (node_tests / name).read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"v\.pb: .*expected"):
+        vectors.read(node_tests)
+
+
+def test_a_changed_model(node_tests):
+    path = first(node_tests) / "model.onnx"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.onnx: its sha256 is"):
+        vectors.read(node_tests)
+
+
+def test_two_outputs_of_one_case(node_tests, tmp_path):
+    outputs = evaluated(node_tests, tmp_path / "outputs")
+    case = next(path for path in outputs.iterdir())
+    shutil.copy(case / "test_data_set_0" / "output_0.pb", case / "output_0.pb")
+    with pytest.raises(ValueError, match="'out/out' is there twice"):
+        vectors.verify(node_tests, outputs, "float32")
