@@ -57,6 +57,14 @@ def _refuse_scale(q, *args, scale=None, **options):
         raise Departure("ort-attention-scale-root", words)
 
 
+def _refuse_one_query(q, k, v, *args, is_causal=False, q_offset=None, **options):
+    _refuse_scale(q, k, v, *args, **options)
+    past, _ = nodes.past(q, k, v, q_offset if is_causal else None)
+    if past is not None and q.shape[2] == 1 and q.dtype != np.float64 and k.shape[2] - past.shape[2] > 1:
+        words = "Attention-23 of ONNX Runtime 1.32, causal, with a past: a single query sees the keys behind it"
+        raise Departure("ort-attention-one-query", words)
+
+
 def _refuse_masked_scores(q, *args, return_scores, attn_mask=None, is_causal=False, **options):
     _refuse_scale(q, *args, **options)
     if return_scores == "biased" and (attn_mask is not None or is_causal):
@@ -188,10 +196,10 @@ ATTENTION = {"like": "dot_product_attention", "convention": "ort_attention", "ti
 CONTRIB = ATTENTION | NARROW
 
 TARGETS = (
-    _target("Attention-23", function=_of_session(nodes.attention_23, _refuse_scale), arithmetic=EAGER, **ATTENTION),
+    _target("Attention-23", function=_of_session(nodes.attention_23, _refuse_one_query), arithmetic=EAGER, **ATTENTION),
     _target(
         "Attention-23, packed",
-        function=_of_session(nodes.attention_23, _refuse_scale, packed=True),
+        function=_of_session(nodes.attention_23, _refuse_one_query, packed=True),
         arithmetic=EAGER,
         **ATTENTION,
     ),
