@@ -33,13 +33,13 @@ def table(outcomes, status):
     """{"machine", "mechanisms": {mechanism: {framework: {dtype: cell}}}}; a cell has its state and its targets."""
     mechanisms = {}
     for _, found in sorted(status.items()):
-        for _, like, _ in found.targets:
+        for _, like, *_ in found.targets:
             mechanisms.setdefault(like, {})
     discovered = {o.task[:2]: o.record for o in outcomes if isinstance(o.task, Discovery)}
     for outcome in outcomes:
         if isinstance(outcome.task, Target):
             framework, name, dtype, *_ = outcome.task
-            like = next(like for target, like, _ in status[framework].targets if target == name)
+            like = next(like for target, like, *_ in status[framework].targets if target == name)
             cell = mechanisms[like].setdefault(framework, {}).setdefault(dtype, {"targets": []})
             cell["targets"].append(_target(name, outcome, discovered.get((framework, name))))
     for row in mechanisms.values():

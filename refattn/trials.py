@@ -130,12 +130,12 @@ class Outcome(NamedTuple):
 
 def of_framework(name, status, examples, seed):
     """A task for every target of a framework, in every dtype."""
-    return [Target(name, target, dtype, examples, seed) for target, _, dtypes in status.targets for dtype in dtypes]
+    return [Target(name, target, dtype, examples, seed) for target, _, dtypes, _ in status.targets for dtype in dtypes]
 
 
 def discoveries(name, status):
     """A task for every target of a framework that is dot-product attention."""
-    return [Discovery(name, target) for target, like, _ in status.targets if like == "dot_product_attention"]
+    return [Discovery(name, target) for target, *_, asks in status.targets if asks]
 
 
 def _worst(result):

@@ -402,3 +402,23 @@ def test_a_convention_that_is_always_causal():
     report = check(always, "dot_product_attention", convention=said)
     behaved = dict(report.behaviour)
     assert report.ok and behaved["causal"] == "" and "key_permutation" not in behaved, str(report)
+
+
+def test_where_the_convention_puts_the_queries_at_the_end_of_what_is_no_padding():
+    """Lengths move the diagonal then, and the law that looks along it must know."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(1, 2, 2, 8)), rng.normal(size=(1, 2, 5, 8)), rng.normal(size=(1, 2, 5, 8))
+    convention = PRESETS["ort_gqa"]
+    assert convention.q_offset == "bottom_right"
+    options = {"window": (0, 0), "kv_seqlens": np.array([3]), "convention": convention}
+
+    def right(q, k, v, *, window=None, kv_seqlens=None, is_causal=True):
+        given = {"window": window, "kv_seqlens": kv_seqlens, "is_causal": is_causal, "convention": convention}
+        return dot_product_attention.forward(q, k, v, **given)[0]
+
+    def one_to_the_left(q, k, v, *, window=None, kv_seqlens=None, is_causal=True):
+        return right(q, k, v, window=(window[0] + 1, 0), kv_seqlens=kv_seqlens, is_causal=is_causal)
+
+    call = Call((q, k, v), options)
+    assert behaviour.window(right, call, np.random.default_rng(1)) == ""
+    assert "outside of the window" in behaviour.window(one_to_the_left, call, np.random.default_rng(1))

@@ -327,3 +327,65 @@ def test_errors_of_a_row_add_up_in_a_bias_that_is_stretched_over_keys():
         found = ratios(results(a, "flash", call, dout), values, bounds, "stat")
         largest = max(largest, found["dattn_bias"])
     assert 0.05 < largest <= 1
+
+
+def one_row(logit, sink, v=1.0, dout=1.0):
+    """One query, one key, a sink: (call, dout)."""
+    args = (np.full((1, 1, 1, 1), float(x)) for x in (logit, 1, v))
+    return Call((*args, None, np.array([float(sink)])), {"scale": 1.0}), np.full((1, 1, 1, 1), float(dout))
+
+
+def test_a_key_that_weighs_next_to_nothing_beside_a_sink_has_its_error_all_the_same():
+    """Half a unit in the last place of its exponent, -67, is 64 u of what it weighs."""
+    call, _ = one_row(-67, 0.25)
+    values = reference(call)
+    (y,) = values["out"].ravel()
+    assert 1e-31 < y < 1e-29
+    assert attention_bounds(call, None, SINGLE, ("worst",), values)["out"].worst.item() >= 64 * FLOAT32.u * y
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-19, 1e-22, 1e-28])
+def test_values_whose_squares_vanish_have_their_errors_all_the_same(size):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 1, 9, 8)) for _ in range(3))
+    whole = attention_bounds(Call((q, k, v), {}), None, SINGLE, ("worst",))["out"].worst
+    small = attention_bounds(Call((q, k, v * size), {}), None, SINGLE, ("worst",))["out"].worst
+    assert (small >= 0.98 * size * whole).all() and (small <= 3 * size * whole + 1e-35).all()
+
+
+def test_what_underflow_takes_of_a_sink_is_allowed():
+    call, dout = one_row(90.25, 0, v=913)
+    values = reference(call, dout)
+    (expected,) = np.abs(values["dsinks"])
+    assert 1e-37 < expected < 1e-36, "D times a weight that float32 has as a subnormal number only"
+    for tier in ("worst", "stat"):
+        allowed = getattr(attention_bounds(call, dout, SINGLE._replace(flush=True), values=values)["dsinks"], tier)
+        assert allowed.item() >= expected, f"0 is right where what is subnormal is flushed: {tier}"
+
+
+def test_a_sink_that_is_a_column_of_probabilities_is_rounded_as_they_are():
+    """By hand: p of the sink in float16, exact everything else."""
+    eager = ARITHMETICS["f16_eager"]
+    assert eager.probs_in_dscores
+    for sink in (-1.0, -3.7, -9.1, -12.3):
+        call, dout = one_row(0, sink, v=700, dout=3)
+        values = reference(call, dout)
+        p = 1 / (1 + np.exp(-sink))
+        found = -round_to(np.array(p), FLOAT16) * 700 * (1 - p) * 3
+        assert np.isclose(values["dsinks"], -p * 700 * (1 - p) * 3, rtol=1e-12)
+        bound = attention_bounds(call, dout, eager, values=values)["dsinks"]
+        for allowed in (bound.worst, bound.stat):
+            assert abs(found - values["dsinks"]) <= allowed and np.isfinite(allowed)
+            assert allowed <= 0.02 * abs(values["dsinks"]) + 700 * 3 * 2**-22, "and not much more"
+
+
+def test_where_ds_is_scaled_before_it_is_rounded_underflow_takes_more():
+    rng = np.random.default_rng(2)
+    q, k, v, dout = (size * rng.normal(size=(1, 1, 8, 64)) for size in (1e-3, 30, 1e-3, 1e-3))
+    call, after = Call((q, k, v), {}), ARITHMETICS["f16_eager"]
+    before = after._replace(scaled_dscores=True)
+    found = {a.scaled_dscores: attention_bounds(call, dout, a) for a in (after, before)}
+    for tier in ("worst", "stat"):
+        ratio = getattr(found[True]["dq"], tier) / getattr(found[False]["dq"], tier)
+        assert (ratio > 2).all() and (ratio <= 8.01).all(), "at most one over the scale"
+        assert (getattr(found[True]["dv"], tier) == getattr(found[False]["dv"], tier)).all()

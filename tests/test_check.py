@@ -9,7 +9,7 @@ import pytest
 
 import refattn
 from refattn.attention.channel import squeeze_excitation
-from refattn.attention.dot_product import scaled_dot_product
+from refattn.attention.dot_product import dot_product_attention, scaled_dot_product
 from refattn.core import About, Array, Call, Shaped, shaped
 from refattn.draw import RandomDraw
 from refattn.examples import blocked_attention, blocked_attention_with_a_bug
@@ -17,6 +17,7 @@ from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.check import assert_conforms, check
 from refattn.oracle.check_laws import check_laws
 from refattn.oracle.contract import Departure, NotHandled
+from refattn.oracle.conventions import PRESETS
 from refattn.oracle.inputs import LARGEST, Stretched, draw_call
 from refattn.primitives import linear, lstm_cell
 from refattn.registry import find
@@ -545,3 +546,23 @@ def test_what_is_outside_the_model_is_counted_and_no_pass():
     report = check(upright, "scaled_dot_product", arithmetic="f16_eager", example=huge, max_examples=2)
     assert report.outside == {"scores of up to 1.02e+05 may overflow float16": 40} and not report.ok
     assert "outside the model, 40 examples" in str(report) and report.examples == 0
+
+
+@pytest.mark.parametrize("name", ["keras_ops_torch", "keras_attention", "hf_eager"])
+def test_a_convention_that_adds_a_finite_number_to_nan_has_nan(name):
+    convention = PRESETS[name]
+    assert convention.mask_op == "add" and convention.mask_value != -np.inf
+
+    def follows(q, k, v, *, attn_mask=None):
+        args = (x.astype(float) for x in (q, k, v))
+        return dot_product_attention.forward(*args, attn_mask=attn_mask, convention=convention)[0].astype(q.dtype)
+
+    options = {"like": "dot_product_attention", "convention": name, "gradients": False, "max_examples": 24}
+    report = check(follows, families="poisoned_keys", **options)
+    assert report.ok, str(report)
+
+    def all_of_it(q, k, v, *, attn_mask=None):
+        y = follows(q, k, v, attn_mask=attn_mask)
+        return np.where(np.isnan(y).any(), np.nan, y)
+
+    assert not check(all_of_it, families="poisoned_keys", **options).ok

@@ -14,7 +14,7 @@ from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.bounds import exact
 from refattn.oracle.compare import BUG, Bound, Verdict
 from refattn.oracle.conventions import PRESETS
-from refattn.oracle.diagnose import CONVENTIONS, MOST, explain
+from refattn.oracle.diagnose import _MOVES, CONVENTIONS, MOST, _moved, explain
 from refattn.oracle.mistakes import MISTAKES
 from refattn.oracle.region import region
 from refattn.oracle.trial import Judge, Trial, try_call
@@ -630,3 +630,13 @@ def test_region_of_other_mechanisms_and_of_arrays_together():
     assert "dx: zero" in region(trials_of(forward, backward, calls, like=like)[0])
     knobs = {"grads": lambda g, call: [g[0], -g[1], -g[2], *g[3:]]}
     assert region(trials_of(*candidate(knobs), PLAIN[4:])[0]) == "dk, dv: everywhere"
+
+
+def test_calls_whose_arrays_are_of_several_ranks():
+    """What one call shows along its third axis, another without a third axis does not contradict with an error."""
+    values, allowed = np.arange(6.0).reshape(2, 3), np.ones((2, 3))
+    trial = SimpleNamespace(case=SimpleNamespace(values={"out": values}), allowed={"out": allowed})
+    for words, move in _MOVES.items():
+        same, as_allowed = _moved("out", move, 2)(trial)
+        assert same is values and as_allowed is allowed, words
+        assert not np.array_equal(_moved("out", move, 0)(trial)[0], values), words

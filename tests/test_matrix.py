@@ -9,10 +9,13 @@ from refattn.__main__ import main
 from refattn.oracle.check import check
 from refattn.registry import find
 
-ROWS = ("softmax", "softmax", ("float64", "float32")), ("attention", "dot_product_attention", ("float32",))
+ROWS = (
+    ("softmax", "softmax", ("float64", "float32"), False),
+    ("attention", "dot_product_attention", ("float32",), True),
+)
 STATUS = {
     "torch": frameworks.Status("2.13", "", ROWS),
-    "jax": frameworks.Status("0.10", "", tuple((name, "softmax", ("bfloat16",)) for name in ("softmax", "fused"))),
+    "jax": frameworks.Status("0.10", "", tuple((n, "softmax", ("bfloat16",), False) for n in ("softmax", "fused"))),
     "mlx": frameworks.Status("", "mlx cannot be imported"),
 }
 

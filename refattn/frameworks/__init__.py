@@ -26,7 +26,7 @@ class Target(NamedTuple):
     example: object = None  # draws the calls, where those of the mechanism's own example seldom fit
     dtypes: tuple = ("float64", "float32")
     arithmetic: Mapping = MappingProxyType({})  # dtype -> what it promises, where `check` would not know
-    convention: str | None = None  # of refattn.oracle.conventions.PRESETS
+    convention: object = None  # a name of refattn.oracle.conventions.PRESETS, or a Convention
     gradients: bool = True  # False: the framework has none of it
     times: int = 1  # how many times as many examples as others: where there are many families of inputs
 
@@ -39,7 +39,7 @@ PATIENCE = 300  # seconds, for a framework to be imported
 class Status(NamedTuple):
     version: str  # empty where it cannot be imported
     reason: str  # why not
-    targets: tuple = ()  # (name, like, dtypes) of each
+    targets: tuple = ()  # (name, like, dtypes, whether its convention can be found by experiment) of each
 
 
 def names():
@@ -64,7 +64,12 @@ def status(name):
         adapter = load(name)
     except ImportError as error:
         return Status("", str(error))
-    return Status(adapter.VERSION, "", tuple((t.name, t.like, tuple(t.dtypes)) for t in adapter.TARGETS))
+    return Status(adapter.VERSION, "", tuple((t.name, t.like, tuple(t.dtypes), _asks(t)) for t in adapter.TARGETS))
+
+
+def _asks(target):
+    """One that takes calls of its own making only cannot be asked anything else."""
+    return target.like == "dot_product_attention" and target.example is None
 
 
 def available(wanted=None, jobs=1):
@@ -84,4 +89,4 @@ def _status_apart(name):
         last = (ended.stderr.strip().splitlines() or [f"it ends with status {ended.returncode}"])[-1]
         return Status("", f"{name} cannot be imported: {last}")
     version, reason, targets = json.loads(ended.stdout.strip().splitlines()[-1])
-    return Status(version, reason, tuple((name, like, tuple(dtypes)) for name, like, dtypes in targets))
+    return Status(version, reason, tuple((*names, tuple(dtypes), asks) for *names, dtypes, asks in targets))

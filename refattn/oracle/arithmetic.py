@@ -114,6 +114,7 @@ class Arithmetic(NamedTuple):
     probs_normalised: bool = False  # p is divided by its sum before it is rounded
     dprobs: Format | None = None  # dp
     dscores: Format | None = None  # ds, before its products with k and q
+    scaled_dscores: bool = False  # that ds is scaled before it is rounded, not its products after it
     saved_out: Format | None = None  # the y in D = sum y dy; None: `out`
     shared_heads: Format | None = None  # dk and dv of each query head, before those that share a head are summed
     partial: Format | None = None  # running sums of dq, dk, dv, whenever a tile is done

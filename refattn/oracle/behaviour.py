@@ -70,7 +70,9 @@ def _single(hidden, rng):
 
 def _offsets(call):
     """The options that say where the queries stand."""
-    by_lengths = isinstance(call.options.get("q_offset"), str)  # "bottom_right"
+    offset, convention = call.options.get("q_offset"), call.options.get("convention")
+    offset = convention.q_offset if offset is None and convention is not None else offset
+    by_lengths = isinstance(offset, str) and offset == "bottom_right"
     return ("q_offset", "q_seqlens", "kv_seqlens") if by_lengths else ("q_offset",)
 
 

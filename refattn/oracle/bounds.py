@@ -73,11 +73,12 @@ def _collect(tier, problem):
     if gradients:
         shapes |= {"dq": (queries, features), "dk": (keys, features), "dv": (keys, wide), "dsinks": (1, 1)}
         shapes |= {"lost_dq": (queries, features), "lost_dk": (keys, features), "lost_dv": (keys, wide)}
+        shapes |= {"lost_dsinks": (1, 1)}
         shapes |= {"abs_dk": (keys, features), "abs_dv": (keys, wide)}
         if problem.bias is not None:
             names = "dattn_bias", "common_dattn_bias", "abs_dattn_bias", "lost_dattn_bias"
             shapes |= dict.fromkeys(names, (queries, keys)) | {"row_dattn_bias": (queries, 1)}
-    found = {name: np.zeros(heads + shape, np.float64 if name == "dsinks" else whole) for name, shape in shapes.items()}
+    found = {name: np.zeros(heads + shape, np.float64 if "dsinks" in name else whole) for name, shape in shapes.items()}
     for b, some, rows in parts(problem):
         part = part_of(problem, b, some, rows)
         fwd = tier.forward(part)
@@ -94,6 +95,7 @@ def _collect(tier, problem):
             found["lost_dq"][b, some, rows] = grads.lost_dq
             found["lost_dk"][b, some] += grads.lost_dk
             found["lost_dv"][b, some] += grads.lost_dv
+            found["lost_dsinks"][b, some] += grads.lost_dsinks.sum(axis=-2, keepdims=True)
         slope = 1 if part.slope is None else part.slope
         weights = part.p if part.kept is None else part.p * part.kept
         found["abs_dk"][b, some] += part.scale * ((part.ds * slope).swapaxes(-1, -2) @ part.q)  # made absolute below
@@ -209,7 +211,8 @@ class _Finish(NamedTuple):
             return variance, shrink(found[f"lost_{name}"], value.shape)
         if name == "dsinks":
             n = self.problem.q.shape[0] * self.problem.q.shape[2]
-            return found[name].sum(axis=0)[:, 0, 0].astype(np.float64) + n * u**2 / 3 * value**2, 0.0
+            variance, lost = (found[key].sum(axis=0)[:, 0, 0] for key in (name, f"lost_{name}"))
+            return variance + n * u**2 / 3 * value**2, lost
         lost = found["lost" if name == "out" else f"lost_{name}"]
         return found[name].astype(np.float64), lost.astype(np.float64)
 

@@ -706,7 +706,10 @@ def _exchanged(name, other):
 
 def _moved(name, move, axis):
     def change(trial):
-        return move(trial.case.values[name], axis), move(trial.allowed[name], axis)
+        values, allowed = trial.case.values[name], trial.allowed[name]
+        if axis >= values.ndim:  # calls of one mechanism need not have arrays of one rank
+            return values, allowed
+        return move(values, axis), move(allowed, axis)
 
     return change
 

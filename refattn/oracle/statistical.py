@@ -18,6 +18,7 @@ import numpy as np
 
 from refattn.oracle.arithmetic import half_ulp
 from refattn.oracle.attention_part import VISIBLE, chain, units
+from refattn.oracle.worst_case import lost_of_dscores, lost_of_sinks
 
 LAMBDA = 7.5  # a Gaussian is off by so many standard deviations in one of 10^13 cases: one of 10^7 tensors of 10^6
 THIRD = 1 / 3  # the variance of a number between -1 and 1
@@ -126,6 +127,7 @@ class Backward(NamedTuple):
     lost_dk: Any
     lost_dv: Any
     lost_dbias: Any  # a number
+    lost_dsinks: Any  # (h, r, 1)
 
 
 def backward(part, fwd, queries):
@@ -154,8 +156,7 @@ def backward(part, fwd, queries):
         dx = dx + ds_only * (bent + 2 * u.softmax**2)
     made2 = dx2 + p2 * slope**2 * d  # the size of what is rounded, D being off
     dx = dx + THIRD * (u.dscore**2 + u.op**2 + u.query**2) * made2
-    if u.lost_dscore:
-        dx = dx + u.lost_dscore**2 * part.alive
+    dx = dx + lost_of_dscores(part, u) ** 2
     once_more = fwd.lse + 3 * THIRD * u.softmax**2
     coefficient = ((part.p * slope) @ part.k) ** 2
     n = chain(a, keys)
@@ -210,8 +211,10 @@ def backward(part, fwd, queries):
         sums = [(x * (slope if part.cap_last else 1)).sum(axis=-1, keepdims=True) ** 2 for x in (fwd.grown, part.ds)]
         dbias = dbias, common, sums[0] * d + sums[1] * fwd.lse
     below = part.sink_below + part.log_total
-    dsinks = part.sink**2 * (part.d**2 * (fwd.lse + 6 * u.softmax**2 * (1 + below**2)) + d)
-    return Backward(dq, dk, dv, dbias, dsinks, lost_dq, lost_dk, lost_dv, gate)
+    of_sink = THIRD * (u.prob**2 + u.dscore**2) if in_ds else 0.0
+    dsinks = part.sink**2 * (part.d**2 * (fwd.lse + 6 * u.softmax**2 * (1 + below**2) + of_sink) + d)
+    lost_dsinks = lost_of_sinks(part, u, part.d + LAMBDA * np.sqrt(d))
+    return Backward(dq, dk, dv, dbias, dsinks, lost_dq, lost_dk, lost_dv, gate, lost_dsinks)
 
 
 def _row_sum(part, fwd, a, u, p2, delta2, dp, lost, gone):

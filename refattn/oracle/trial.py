@@ -180,9 +180,12 @@ def _poisoned(call, dout):
     """What comes of a call with NaN where masked keys are left out, and where a mask is added; None without NaN."""
     if all(np.isfinite(x).all() for x in call.args[:3]):
         return None
-    asked = exact(call.options.get("convention"))
+    said = call.options.get("convention")
+    asked = exact(said)
     left_out = asked._replace(masked_values="skip", mask_op="replace")
-    added = asked if "convention" in call.options else asked._replace(masked_values="multiply", mask_op="add")
+    added = asked if said is not None else asked._replace(masked_values="multiply", mask_op="add")
+    if said is not None and said.mask_op == "add":  # to whatever number is added to it, NaN stays NaN
+        added = asked._replace(mask_op="add", mask_value=-math.inf, fully_masked="zero")
     return [reference(call._replace(options=call.options | {"convention": c}), dout) for c in (left_out, added)]
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from refattn.oracle.arithmetic import half_ulp
 from refattn.oracle.attention_part import VISIBLE, chain, tiles, units
 
+SQUARES = 1e8  # times the smallest number, and what underflows beside them is nothing
 MOST = 60.0  # an exponent that is off by so much is off altogether
 
 
@@ -61,10 +62,12 @@ def forward(part):
     weights = moved if part.kept is None else moved * part.kept
     y, size = np.abs(part.y - part.centre), np.abs(part.centred)
     spread = weights @ size + rises * y
-    if part.kept is None:  # by Cauchy and Schwarz: the spread of the values about y
+    if part.kept is None:  # by Cauchy and Schwarz: the spread of the values about y, where its squares are numbers
         squares, cross = weights @ (size * size), weights @ part.centred
         around = squares - 2 * (part.y - part.centre) * cross + y * y * rises
-        spread = np.minimum(spread, np.sqrt(rises * (np.maximum(around, 0) + 1e-5 * (squares + y * y * rises))))
+        around = np.maximum(around, 0) + 1e-5 * (squares + y * y * rises)
+        visible = (squares > SQUARES * np.finfo(squares.dtype).tiny) & (rises > VISIBLE)
+        spread = np.where(visible, np.minimum(spread, np.sqrt(rises) * np.sqrt(around)), spread)
     spread = spread + sink_rises * np.abs(part.y)  # the sink's value is 0
     n = chain(a, keys) + tiles(a, keys)
     sums, divisor = _gamma((n + 1) * u.acc), _gamma((n + 1) * u.softmax)
@@ -148,7 +151,7 @@ def backward(part, fwd, queries):
     bend = 0.0
     if part.softcap is not None:
         bend = 2 * part.t * fwd.cap + fwd.cap**2 + 2 * u.softmax
-    lost_ds = u.lost_dscore * part.alive if u.lost_dscore else 0.0
+    lost_ds = lost_of_dscores(part, u)
 
     def stored(error, whole, n):
         """The error of dx once ds is bent, cast, and summed n times."""
@@ -181,10 +184,27 @@ def backward(part, fwd, queries):
     if part.biased:
         before = ds_column if not part.cap_last else stored(ds_column, ds_column, 0)
         dbias = (before + u.dscore * (size_ds + ds_column) + gate) * part.alive
-    dsinks = part.sink * (
-        np.expm1(lse + 4 * u.softmax + 3 * u.softmax * (part.sink_below + part.log_total)) * (part.d + d) + d
-    )
-    return Backward(dq, dk, dv, dbias, dsinks + a.softmax.tiny * (part.d + d) * (part.sink > 0))
+    off = lse + 4 * u.softmax + 3 * u.softmax * (part.sink_below + part.log_total)
+    dsinks = part.sink * (np.expm1(off + (1.01 * u.prob if a.probs_in_dscores else 0)) * (part.d + d) + d)
+    if a.probs_in_dscores:  # the sink is a column of p and of ds, and stored as they are
+        dsinks = dsinks + u.dscore * (part.sink * part.d + dsinks)
+    return Backward(dq, dk, dv, dbias, dsinks + lost_of_sinks(part, u, part.d + d))
+
+
+def lost_of_dscores(part, u):
+    """What underflow may take of each ds, as it stands before the scale."""
+    if not u.lost_dscore:
+        return 0.0
+    if part.arithmetic.scaled_dscores:
+        return u.lost_dscore * part.alive / part.scale if part.scale else 0.0
+    return u.lost_dscore * part.alive
+
+
+def lost_of_sinks(part, u, d):
+    """What underflow may take of a sink's p, and of its ds (h, r, 1)."""
+    a = part.arithmetic
+    lost = np.minimum(part.sink, a.softmax.tiny + (u.lost_prob if a.probs_in_dscores else 0)) * d
+    return lost + (u.lost_dscore * (part.sink > 0) if a.probs_in_dscores else 0)
 
 
 def _row_sum(part, fwd, a, u, p, dp, products, moved, lost):
