@@ -389,3 +389,12 @@ def test_where_ds_is_scaled_before_it_is_rounded_underflow_takes_more():
         ratio = getattr(found[True]["dq"], tier) / getattr(found[False]["dq"], tier)
         assert (ratio > 2).all() and (ratio <= 8.01).all(), "at most one over the scale"
         assert (getattr(found[True]["dv"], tier) == getattr(found[False]["dv"], tier)).all()
+
+
+def test_where_a_logit_is_not_known_at_all_chance_says_nothing():
+    """Scores near -2e4 in float16 are 16 apart: two keys weigh anything from 0 to 1 each."""
+    v = np.array([0.4, 0.4058]).reshape(1, 1, 2, 1)
+    k = np.array([-19993.0, -20009.0]).reshape(1, 1, 2, 1)
+    call = Call((np.ones((1, 1, 1, 1)), k, v), {"scale": 1.0})
+    bound = attention_bounds(call, None, ARITHMETICS["f16_eager"], values=reference(call))["out"]
+    assert bound.stat.item() == bound.worst.item() >= 0.0058

@@ -21,6 +21,7 @@ from refattn.oracle.attention_part import VISIBLE, chain, units
 from refattn.oracle.worst_case import lost_of_dscores, lost_of_sinks
 
 LAMBDA = 7.5  # a Gaussian is off by so many standard deviations in one of 10^13 cases: one of 10^7 tensors of 10^6
+LINEAR = 20  # an exponent may be off by so much, and what is said here to first order still holds
 THIRD = 1 / 3  # the variance of a number between -1 and 1
 
 
@@ -43,7 +44,8 @@ def forward(part):
     keys, features = part.p.shape[-1], part.q.shape[-1]
     own, common, score = _exponents(part, a, u, keys, features)
     spread = (own + common).max(axis=-1, keepdims=True, initial=0)
-    grown = part.p * np.exp(np.minimum(LAMBDA * np.sqrt(spread), 20))
+    exponent = LAMBDA * np.sqrt(spread)
+    grown = part.p * np.exp(np.where(exponent > LINEAR, np.inf, exponent))  # p is not known at all: the worst case holds
     moved = grown * grown * (own + common)
     y, size = part.y, np.abs(part.v)
     shared = 0.0 if np.isscalar(common) else (grown * np.sqrt(common)).sum(axis=-1, keepdims=True) ** 2
