@@ -1,4 +1,4 @@
-"""The command line: refattn list | show | check | discover | vectors."""
+"""The command line: refattn list | show | plot | check | discover | vectors."""
 
 import argparse
 import ast
@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import refattn
-from refattn import frameworks, journal, matrix, report, trials, vectors
+from refattn import frameworks, journal, matrix, plot, report, trials, vectors
 from refattn.oracle import html
 from refattn.oracle.arithmetic import OF_DTYPE
 from refattn.oracle.check import check, usual_examples
@@ -71,6 +71,21 @@ def _parser():
     showing = commands.add_parser("show", help="docstring, shapes and source of one", allow_abbrev=False)
     showing.add_argument("name")
     showing.set_defaults(command=show_command)
+
+    plotting = commands.add_parser(
+        "plot",
+        help="the picture of what a mechanism attends to, or of a mask",
+        description="On a photograph or a sentence, unless there is an --input. Without --out a window opens; where"
+        " there is no display, NAME.png is written.",
+        allow_abbrev=False,
+    )
+    plotting.add_argument("name", metavar="NAME", help="a mechanism, or a mask: 'causal() & window(3, 0)'")
+    plotting.add_argument("--input", type=Path, metavar="FILE", help="an image, or a .npy: (H, W), (C, H, W), (T, D)")
+    plotting.add_argument("--out", type=Path, metavar="FILE", help="the picture: .png, .svg, .pdf, ...")
+    plotting.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the parameters")
+    plotting.add_argument("--length", type=_at_least(1), default=16, metavar="N", help="queries and keys of a mask; 16")
+    plotting.add_argument("--dark", action="store_true", help="for a dark page")
+    plotting.set_defaults(command=plot_command)
 
     checking = commands.add_parser(
         "check",
@@ -172,6 +187,17 @@ def show_command(arguments):
     after_docstring = ast.parse(source).body[0].end_lineno
     parts.append("\n".join(source.splitlines()[after_docstring:]).strip())
     print("\n\n".join(parts))
+    return 0
+
+
+def plot_command(arguments):
+    _refuse_to_write(arguments, "out")
+    options = {name: getattr(arguments, name) for name in ("seed", "dark", "length")}
+    try:
+        done = plot.plot(arguments.name, arguments.input, arguments.out, **options)
+    except (ValueError, ImportError, OSError) as error:
+        raise BadUse(error) from None
+    print(done, end="\n" if done else "")
     return 0
 
 
