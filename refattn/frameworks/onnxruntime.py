@@ -54,7 +54,7 @@ def _refuse_scale(q, *args, scale=None, **options):
     scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
     if q.dtype == np.float64 and float(np.sqrt(np.float32(scale))) ** 2 != scale:
         words = "Attention of ONNX Runtime 1.32 takes the square root of the scale in float32, in float64 too"
-        raise Departure("ort-attention-scale-root", words)
+        raise Departure("onnxruntime-attention-scale-root", words)
 
 
 def _refuse_one_query(q, k, v, *args, is_causal=False, q_offset=None, **options):
@@ -62,14 +62,14 @@ def _refuse_one_query(q, k, v, *args, is_causal=False, q_offset=None, **options)
     past, _ = nodes.past(q, k, v, q_offset if is_causal else None)
     if past is not None and q.shape[2] == 1 and q.dtype != np.float64 and k.shape[2] - past.shape[2] > 1:
         words = "Attention-23 of ONNX Runtime 1.32, causal, with a past: a single query sees the keys behind it"
-        raise Departure("ort-attention-one-query", words)
+        raise Departure("onnxruntime-attention-one-query", words)
 
 
 def _refuse_masked_scores(q, *args, return_scores, attn_mask=None, is_causal=False, **options):
     _refuse_scale(q, *args, **options)
     if return_scores == "biased" and (attn_mask is not None or is_causal):
         words = "what is masked has the lowest float32 in the scores of ONNX Runtime 1.32's Attention, not -inf"
-        raise Departure("ort-attention-masked-scores", words)
+        raise Departure("onnxruntime-attention-masked-scores", words)
 
 
 def _refuse_unidirectional(q, k, v, attn_bias=None, *, is_causal=False, q_offset=None, **hiding):
@@ -79,12 +79,12 @@ def _refuse_unidirectional(q, k, v, attn_bias=None, *, is_causal=False, q_offset
     first = 0 if past is None else past.shape[2]
     if k.shape[2] - first > q.shape[2]:
         words = "unidirectional in MultiHeadAttention of ONNX Runtime 1.32: with more keys the last query sees all"
-        raise Departure("ort-mha-unidirectional", words)
+        raise Departure("onnxruntime-mha-unidirectional", words)
     if _empty_rows(q, k, np.arange(q.shape[2]) + first, **hiding):
         words = (
             "unidirectional in MultiHeadAttention of ONNX Runtime 1.32: a query whose keys are masked sees later ones"
         )
-        raise Departure("ort-mha-masked-rows", words)
+        raise Departure("onnxruntime-mha-masked-rows", words)
 
 
 def _refuse_rows(q, k, v, attn_bias=None, sinks=None, *, softcap=None, window=None, **hiding):
@@ -95,7 +95,7 @@ def _refuse_rows(q, k, v, attn_bias=None, sinks=None, *, softcap=None, window=No
         raise NotHandled("NaN in a value: some of its kernels multiply what is hidden by 0, others skip it")
     if softcap is None and sinks is None and np.isnan(q).any():
         words = "GroupQueryAttention of ONNX Runtime 1.32 makes 0 of a query of NaN, where later keys are hidden"
-        raise Departure("ort-gqa-nan-query", words)
+        raise Departure("onnxruntime-gqa-nan-query", words)
     filled = hiding.get("kv_seqlens")
     filled = np.array([k.shape[2]]) if filled is None else filled
     last = (filled[:, None] - q.shape[2] + np.arange(q.shape[2]))[:, None]  # (B, 1, Q)
@@ -105,7 +105,7 @@ def _refuse_rows(q, k, v, attn_bias=None, sinks=None, *, softcap=None, window=No
         words = (
             "GroupQueryAttention of ONNX Runtime 1.32: a masked row is 0; NaN in float16, with a soft cap, or one key"
         )
-        raise Departure("ort-gqa-masked-rows", words)
+        raise Departure("onnxruntime-gqa-masked-rows", words)
 
 
 def _empty_rows(q, k, last, *, attn_mask=None, kv_seqlens=None, left=None, **options):
@@ -128,7 +128,7 @@ def rnn(x, state, params, *, direction, mask=None):
     y, final = nodes.recurrent(_session, x, state, params, direction=direction, mask=mask)
     if ((y != 0) & (np.abs(y) < 0.25)).any():
         words = "tanh in RNN of ONNX Runtime 1.32 is off by 7e-8, of the smallest numbers too"
-        raise Departure("ort-rnn-tanh", words)
+        raise Departure("onnxruntime-rnn-tanh", words)
     return y, final
 
 
