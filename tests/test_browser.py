@@ -1,7 +1,6 @@
 """The interactive page: what it computes in CPython, and the page itself in a browser, held against NumPy here."""
 
 import contextlib
-import fcntl
 import functools
 import http.server
 import importlib.util
@@ -95,10 +94,45 @@ def test_every_option_is_heard(name):
         assert agrees(changed) and changed["out"]["numbers"] != start["out"]["numbers"], option["name"]
 
 
-def test_a_query_that_sees_nothing():
-    answer = asked("scaled_dot_product", options={"mask": [False] * 4 + [True] * 12}, cotangent=[1.0] * 8)
-    dq = array(answer["grads"][0])
-    assert not array(answer["weights"])[0, 0].any() and not dq[0, 0].any() and dq[0, 3].any()
+def grads(name, **given):
+    return {grid["name"]: array(grid) for grid in asked(name, **given)["grads"]}
+
+
+def one_hot(size, at):
+    return (np.arange(size) == at).astype(float).tolist()
+
+
+def test_what_the_page_says_of_attention():
+    found = grads("scaled_dot_product", cotangent=one_hot(8, 1))
+    assert not found["dq"].any() and not found["dk"].any()
+    assert found["dv"].ravel().tolist() == one_hot(8, 1)
+    unticked = {"mask": [True] * 12 + [False] * 4}
+    answer = asked("scaled_dot_product", options=unticked, cotangent=one_hot(8, 7))
+    assert not array(answer["out"])[0, 3].any() and not any(array(grid).any() for grid in answer["grads"])
+    assert all(grad.any() for grad in grads("scaled_dot_product", cotangent=one_hot(8, 7)).values())
+
+
+def test_what_the_page_says_of_softmax():
+    assert np.abs(grads("gumbel_softmax", cotangent=[3.0] * 4 + [0, 0, 0, 1.0])["ds"][0]).max() < 1e-15
+    tied = [[2.0, 2.0, 0.0, -1.0, 0.5, 0.5, 3.0, 0.0]]
+    cold, colder = (
+        grads("gumbel_softmax", arrays=tied, cotangent=one_hot(8, at), options={"temperature": t})["ds"].ravel()[at]
+        for at, t in ((0, 0.2), (0, 0.1))
+    )
+    assert colder / cold == pytest.approx(2, rel=1e-3) and colder == pytest.approx(0.25 / 0.1)
+    won = grads("gumbel_softmax", cotangent=one_hot(8, 6), options={"temperature": 0.1})["ds"]
+    assert 0 < np.abs(won).max() < 1e-9
+
+
+def test_what_the_page_says_of_squeeze_excitation():
+    for at in range(12):
+        dx = np.abs(grads("squeeze_excitation", cotangent=one_hot(12, at))["dx"]).ravel()
+        assert dx.argmax() == at and dx.all()
+    arrays = [grid["numbers"] for grid in asked("squeeze_excitation")["args"]]
+    arrays[3] = [-9.0, -9.0]
+    found = grads("squeeze_excitation", arrays=arrays, cotangent=one_hot(12, 11))
+    assert np.count_nonzero(found["dx"]) == 1 and np.count_nonzero(found.pop("dparams.b2")) == 1
+    assert not any(grad.any() for name, grad in found.items() if name != "dx")
 
 
 def test_what_json_has_no_number_for():
@@ -164,6 +198,8 @@ class Browser:
     """Chromium without a window, spoken to over a pair of pipes in its own protocol."""
 
     def __init__(self, path, profile):
+        import fcntl  # not on Windows
+
         listen, self.send = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in os.pipe())
         self.receive, answer = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in os.pipe())
         null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
@@ -228,7 +264,7 @@ class Browser:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
+    if path is None or not hasattr(os, "posix_spawn"):
         pytest.skip("no headless browser is installed: apt-get install chromium-headless-shell")
     with contextlib.closing(Browser(path, tmp_path_factory.mktemp("profile"))) as opened:
         yield opened
@@ -373,6 +409,19 @@ def test_a_cell_without_a_number_changes_nothing(opened):
     assert opened.run("""document.querySelector('[aria-label="q[0, 0, 0]"]').getAttribute("aria-invalid")""") == "true"
     after = opened.run(SHOWN)
     assert np.array_equal(np.array(after["y"], float), before["y"])
+
+
+def test_what_refattn_refuses_is_said_on_the_page(opened):
+    choose(opened, "gumbel_softmax")
+    move = """{ const slide = document.querySelector('#interactive [name="temperature"]');
+        slide.min = 0; slide.value = %s; slide.dispatchEvent(new Event("input")); }"""
+    opened.run(move % 0)
+    settle(opened)
+    said = opened.run("document.querySelector('#interactive .failed').textContent")
+    assert said == "ValueError: gumbel_softmax.forward: temperature is 0.0, expected a positive number"
+    opened.run(move % 2)
+    assert close(shown(opened), expected(asked("gumbel_softmax", options={"temperature": 2.0})))
+    assert opened.run("document.querySelector('#interactive .failed, #interactive .stale') === null")
 
 
 def test_a_page_without_python_says_why(browser, tmp_path):

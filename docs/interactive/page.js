@@ -46,8 +46,8 @@ function figure({ name, axes, shape, numbers }, fill, words = "") {
     }
     tables.push(table);
   }
-  const letters = axes.length ? `${axes.join(" ")} = ` : "";
-  const caption = make("figcaption", {}, make("code", {}, name), ` ${letters}${shape.join(" ")}`);
+  const letters = axes.length ? `(${axes.join(", ")}) = ` : "";
+  const caption = make("figcaption", {}, make("code", {}, name), ` ${letters}(${shape.join(", ")})`);
   if (words) caption.append(make("br"), words);
   return make("figure", { "data-name": name }, caption, make("div", { class: "tables" }, ...tables));
 }
@@ -90,7 +90,7 @@ function readable(grid, { weights = false, chosen = null } = {}) {
       const words = `gradient of ${where}, which is ${short(x)}`;
       cell.append(make("button", { type: "button", "aria-label": words, onclick: () => chosen(flat) }, short(x)));
     } else cell.append(short(x));
-  });
+  }, chosen ? "choose an entry for its gradient" : "");
 }
 
 function ticks(grid, words, changed) {
@@ -142,6 +142,7 @@ let fresh; // the next answer is of a call that starts anew: its inputs are draw
 let asked = 0; // calls sent so far
 let answered = 0;
 let again = false; // something changed while Python was at work
+let focused = null; // the entry of the output that was chosen, whose button is about to be drawn anew
 
 function begin(name) {
   call = { name };
@@ -171,7 +172,10 @@ function drawInputs(answer) {
       }),
     ),
   );
-  parts.options.replaceChildren(...answer.options.map(drawOption));
+  const drawn = answer.options.map(drawOption);
+  const knobs = make("div", { class: "knobs" }, ...drawn.filter((option) => option.tagName === "LABEL"));
+  parts.options.replaceChildren(knobs, ...drawn.filter((option) => option.tagName !== "LABEL"));
+  parts.options.hidden = drawn.length === 0;
   drawCotangent(answer.cotangent);
   source.href = `../reference/${answer.page}.html`;
   source.textContent = "its page, with derivation and code";
@@ -209,6 +213,7 @@ function drawCotangent(grid) {
 
 function drawAnswer(answer) {
   const chosen = (flat) => {
+    focused = flat;
     drawCotangent({ ...answer.cotangent, numbers: answer.cotangent.numbers.map((_, i) => Number(i === flat)) });
     ask();
   };
@@ -216,6 +221,8 @@ function drawAnswer(answer) {
   const name = answer.out.name;
   parts.forward.replaceChildren(readable(answer.out, { chosen }));
   if (answer.weights.name !== name) parts.forward.prepend(readable(answer.weights, { weights: true }));
+  if (focused !== null) parts.forward.querySelectorAll("button")[focused].focus({ preventScroll: true });
+  focused = null;
   parts.grads.replaceChildren(...answer.grads.map((grid) => readable(grid)));
   parts.check.replaceChildren(
     `For a direction v of random numbers: ⟨d${name}, J v⟩ = ${left}, by the complex step through forward, and ` +
@@ -241,6 +248,7 @@ function heard({ data }) {
   }
   answered = data.id;
   body.setAttribute("aria-busy", false);
+  body.classList.toggle("stale", data.error !== undefined);
   if (data.error !== undefined) say(data.error, true);
   else {
     const answer = JSON.parse(data.text);
