@@ -30,3 +30,14 @@ def recurrent_layer(draw):
     state = recurrent.State(*(draw.array(n, 1, hidden) for _ in range(1 + (cell == "lstm"))))
     args = draw.array(n, t, inputs), draw.choice("state", state, None), params
     return Call(tree_map(lambda a: a / 8, args), {})  # a saturated gate hides mistakes
+
+
+def bilinear_resize(draw):
+    """Steps of a power of two: their positions are exact in float32, where most frameworks compute them."""
+    align_corners, grows = draw.choice("align_corners", True, False), draw.choice("grows", True, False)
+    few = [draw.size(axis, low=2) for axis in "HW"]
+    factors = [draw.choice("factor", 1, 2, 4) for _ in few]
+    many = [(n - 1) * f + 1 if align_corners else n * f for n, f in zip(few, factors)]
+    before, after = (few, many) if grows else (many, few)
+    x = draw.array(draw.size("N", high=2), draw.size("C", high=2), *before)
+    return Call((x,), {"size": tuple(after), "align_corners": align_corners})

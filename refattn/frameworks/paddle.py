@@ -9,12 +9,15 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from refattn.core import leaves, tree_map
+from refattn.core import Call, leaves, tree_map
 from refattn.frameworks import Target
 from refattn.frameworks._examples import attention_layer
+from refattn.frameworks._examples import bilinear_resize as bilinear_example
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32
 from refattn.oracle.contract import Departure, NotHandled
 from refattn.primitives import batch_norm
+from refattn.primitives import group_norm as reference_group_norm
+from refattn.primitives import layer_norm as reference_layer_norm
 
 VERSION = paddle.__version__
 
@@ -140,14 +143,33 @@ def embedding(table, *, ids, padding_idx):
     return F.embedding(ids, table, padding_idx)
 
 
+def layer_norm_example(draw):
+    """Paddle takes no eps above 0.001."""
+    call = reference_layer_norm.example(draw)
+    return call._replace(options=call.options | {"eps": 2.0**-10})
+
+
 def layer_norm(x, params=None, *, axes, eps):
     gamma, beta = (None if p is None else p.flatten() for p in params or (None, None))
     return F.layer_norm(x, x.shape[-axes:], gamma, beta, eps)
 
 
+def group_norm_example(draw):
+    """With gamma, and none that is small next to its beta."""
+    (x, _), options = reference_group_norm.example(draw)
+    gamma, shift = draw.array(x.shape[1]), draw.array(x.shape[1])
+    gamma = np.copysign(1 + abs(gamma), gamma)
+    return Call((x, reference_group_norm.Params(gamma, gamma * np.tanh(shift))), options)
+
+
 def group_norm(x, params=None, *, groups, eps):
     if params is None:
         raise Departure("paddle-group-norm", "no gamma: the gradient of x is wrong in Paddle 3.3.1")
+    if (params.beta.abs() > 2 * params.gamma.abs()).any():
+        raise Departure("paddle-group-norm", "a small gamma, by which Paddle 3.3.1 divides in its gradient")
+    grouped = x.detach().reshape([x.shape[0], groups, -1])
+    if (grouped.mean(axis=2) ** 2 > 4 * (grouped.var(axis=2, unbiased=False) + eps)).any():
+        raise Departure("paddle-group-norm", "a mean of twice the deviation: Paddle 3.3.1 subtracts squares")
     return F.group_norm(x, groups, eps, *params)
 
 
@@ -173,6 +195,8 @@ def softmax(s, *, axis):
 
 
 def log_softmax(s, *, axis):
+    if (s.max(axis=axis) - s.min(axis=axis)).max() > 64:
+        raise Departure("paddle-softmax-floor", "scores that differ by more than 64: Paddle 3.3.1 raises the lowest")
     return F.log_softmax(s, axis)
 
 
@@ -240,8 +264,8 @@ TARGETS = (
     Target("linear", "linear", linear),
     Target("conv1d, conv2d, conv3d", "conv", conv),
     Target("embedding", "embedding", embedding),
-    Target("layer_norm", "layer_norm", layer_norm),
-    Target("group_norm", "group_norm", group_norm),
+    Target("layer_norm", "layer_norm", layer_norm, layer_norm_example),
+    Target("group_norm", "group_norm", group_norm, group_norm_example),
     Target("batch_norm, training", "batch_norm", batch_norm_train, batch_norm_example),
     Target("batch_norm, inference", "batch_norm", batch_norm_eval, batch_norm_example),
     Target("softmax", "softmax", softmax, arithmetic=FLOOR),
@@ -251,5 +275,5 @@ TARGETS = (
     Target("avg_pool", "average_pool", average_pool, arithmetic=SHARES),
     Target("adaptive_avg_pool", "adaptive_average_pool", adaptive_average_pool, arithmetic=SHARES),
     Target("adaptive_max_pool", "adaptive_max_pool", adaptive_max_pool),
-    Target("interpolate, bilinear", "bilinear_resize", bilinear_resize),
+    Target("interpolate, bilinear", "bilinear_resize", bilinear_resize, bilinear_example),
 )
