@@ -219,8 +219,9 @@ function drawAnswer(answer) {
   };
   const [left, right] = answer.check;
   const name = answer.out.name;
-  parts.forward.replaceChildren(readable(answer.out, { chosen }));
-  if (answer.weights.name !== name) parts.forward.prepend(readable(answer.weights, { weights: true }));
+  const itself = answer.weights.name === name; // of a softmax the output is the weights
+  parts.forward.replaceChildren(readable(answer.out, { chosen, weights: itself }));
+  if (!itself) parts.forward.prepend(readable(answer.weights, { weights: true }));
   if (focused !== null) parts.forward.querySelectorAll("button")[focused].focus({ preventScroll: true });
   focused = null;
   parts.grads.replaceChildren(...answer.grads.map((grid) => readable(grid)));

@@ -40,8 +40,8 @@ ROWS = (
             np.array([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5], [0.5, -1.0]]]),
         ),
         (
-            Option("is_causal", "causal: a query sees no later key", True),
-            Option("scale", "scale of the scores", 0.7, (0, 4, 0.1)),
+            Option("is_causal", "a query sees no later key", True),
+            Option("scale", "multiplies the scores", 0.7, (0, 4, 0.1)),
             Option("mask", "which key takes part for which query", np.ones((1, 4, 4), bool)),
         ),
     ),
@@ -50,7 +50,7 @@ ROWS = (
         "Softmax with a temperature",
         (np.array([[2.0, 1.0, 0.0, -1.0], [0.5, 0.5, 3.0, 0.0]]),),
         (
-            Option("temperature", "temperature", 1.0, (0.1, 5, 0.1)),
+            Option("temperature", "divides the scores", 1.0, (0.1, 5, 0.1)),
             Option("mask", "which entry takes part", np.ones((2, 4), bool)),
         ),
     ),
