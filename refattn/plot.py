@@ -33,6 +33,7 @@ from refattn.registry import everything, find
 from refattn.subjects import Picture, Sentence, axes_of, call_on, matplotlib, read_input, sees, usual
 
 MAP = "cividis"  # as good without colours: lightness grows with the value
+LINES = "#4c8fc7", "#d08c1f", "#9a6fb8", "#8a929b"  # told apart by lightness, dashes and marks too; on white and dark
 HEADS, PANELS = 4, 8  # maps of one array, and pictures of one figure, at most
 
 
@@ -127,7 +128,7 @@ def draw_gate(gate, ax=None, *, names=None):
     expect(gate.ndim == 1 and gate.size > 0, "plot.draw_gate: gate", gate.shape, "(C,)")
     ax = ax or _new_axes(1, 4)[0]
     ink = _ink(ax)
-    bars = ax.bar(np.arange(len(gate)), gate, color=_colours()[0], edgecolor=ink, linewidth=0.5)
+    bars = ax.bar(np.arange(len(gate)), gate, color=LINES[0], edgecolor=ink, linewidth=0.5)
     if len(gate) <= 16:
         ax.bar_label(bars, [f"{g:.2f}".lstrip("0") for g in gate], fontsize=9, padding=2, color=ink)
     _label(ax, "channel", "gate")
@@ -181,7 +182,7 @@ def draw_gradients(norms, ax=None):
     values = np.array(list(norms.values()))
     positive = values[values > 0]
     least = positive.min() / 10 if positive.size else 0.1
-    bars = ax.barh(np.arange(len(values)), np.maximum(values, least), color=_colours()[0], height=0.7)
+    bars = ax.barh(np.arange(len(values)), np.maximum(values, least), color=LINES[0], height=0.7)
     ax.set_xscale("log")
     ax.set_xlim(least, (positive.max() if positive.size else 1) * 20)
     ax.bar_label(bars, [f"{v:.1e}" if v else "0" for v in values], fontsize=9, padding=3, color=_ink(ax))
@@ -246,10 +247,6 @@ def _numbers_or_rings(ax, image, weights):
 
 def _ink(ax):
     return ax.xaxis.label.get_color()
-
-
-def _colours():
-    return "#5b8db8", "#d9a441"  # blue and ochre: apart in lightness, on white and on dark
 
 
 # --- the flow of gradients: arrays to draw ------------------------------------------------------------------
@@ -354,12 +351,16 @@ def _first(hint):
     return get_args(hint)[0] if get_origin(hint) is tuple else hint
 
 
-def draw(mechanism, data=None, *, seed=0, panels=PANELS, figure=None):
+class NothingToDraw(ValueError):
+    """There is no attention map."""
+
+
+def draw(mechanism, data=None, *, seed=0, panels=PANELS, beside=True, figure=None):
     """A Figure of what a mechanism attends to, on a Picture or a Sentence; without one, on a photograph or a sentence.
 
     `mechanism` is a name, or anything that has forward, example, Saved and ABOUT. There is a picture for every map, up
-    to `panels` of them: the title says how many there are. `figure` is an empty one of your own. A ValueError says
-    that there is nothing to draw.
+    to `panels` of them: the title says how many there are; `beside` them stands the image. `figure` is an empty one of
+    your own.
     """
     mechanism = find(mechanism) if isinstance(mechanism, str) else mechanism
     kind = sees(mechanism)
@@ -371,8 +372,8 @@ def draw(mechanism, data=None, *, seed=0, panels=PANELS, figure=None):
         call = call_on(mechanism, data, seed)
         shown = attention_of(mechanism, *mechanism.forward(*call.args, **call.options))
     if not shown:
-        raise ValueError(f"{mechanism} has no attention map: there is nothing to draw")
-    found = [("the image", lambda ax: _plain(ax, data.grey))] if kind == "image" else []
+        raise NothingToDraw(f"{mechanism} has no attention map: there is nothing to draw")
+    found = [("the image", lambda ax: _plain(ax, data.grey))] if kind == "image" and beside else []
     for one in shown:
         found += _panels(one, data if kind == "image" else getattr(data, "words", ()))
     return _sheet(str(mechanism), found, panels, figure)

@@ -259,10 +259,10 @@ def _defaults(function):
 
 
 def _images(data, lead, shape):
-    """(N, C, H, W): the image, and itself mirrored and upside down where a batch has to vary."""
+    """(N, C, H, W): the image, and where a batch has to vary, paler and mirrored, stronger and upside down."""
     count, channels = lead
     x = _resized(data.features, *shape)[np.arange(channels) % len(data.features)]
-    turned = [x, x[..., ::-1], x[..., ::-1, :]]
+    turned = [x, x[..., ::-1] / 2, x[..., ::-1, :] * 2]
     return np.stack([turned[n % 3] for n in range(count)])
 
 
