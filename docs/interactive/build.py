@@ -4,14 +4,15 @@ Nothing of it is in the repository. `npm pack` fetches two packages of pinned ve
 them the SHA-256 is checked. Where that is not possible the page says so, and why.
 """
 
-import hashlib
 import json
 import shutil
-import subprocess
-import tarfile
-import tempfile
+import sys
 import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from npm import NotFetched, files
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "refattn"
@@ -36,10 +37,6 @@ import numpy as np
 
 erfc = np.vectorize(math.erfc, otypes=[float])
 """
-
-
-class NotFetched(Exception):
-    """Why the engine cannot be had here."""
 
 
 def build(outdir, npm="npm"):
@@ -75,32 +72,12 @@ def _pack_refattn(path):
 
 
 def _fetch(engine, npm):
-    with tempfile.TemporaryDirectory() as folder:
-        for package, names in ((PYODIDE, [n for n in SHA256 if n != WHEEL]), (NUMPY, [WHEEL])):
-            with tarfile.open(_packed(package, folder, npm)) as archive:
-                for name in names:
-                    content = archive.extractfile(f"package/{name}").read()
-                    found = hashlib.sha256(content).hexdigest()
-                    if found != SHA256[name]:
-                        raise NotFetched(f"{name} of {package} has the SHA-256 {found}, expected {SHA256[name]}")
-                    (engine / Path(name).name).write_bytes(content)
+    for package, names in ((PYODIDE, [n for n in SHA256 if n != WHEEL]), (NUMPY, [WHEEL])):
+        for name, content in files(package, {name: SHA256[name] for name in names}, npm).items():
+            (engine / Path(name).name).write_bytes(content)
     wheel = engine / Path(WHEEL).name
     _slim(wheel, engine / "numpy.zip")
     wheel.unlink()
-
-
-def _packed(package, folder, npm):
-    command = [npm, "pack", "--silent", "--prefer-offline", "--pack-destination", folder, package]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    except FileNotFoundError:
-        raise NotFetched(f"{npm} is not installed, which fetches {package}") from None
-    except subprocess.TimeoutExpired:
-        raise NotFetched(f"{npm} pack {package} did not end in 300 s") from None
-    except subprocess.CalledProcessError as error:
-        said = " ".join((error.stderr or error.stdout).split())
-        raise NotFetched(f"{npm} pack {package} failed: {said[:300]}") from None
-    return Path(folder) / done.stdout.split()[-1]
 
 
 def _slim(wheel, path):
