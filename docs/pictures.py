@@ -208,10 +208,7 @@ def _in_blocks(q, k, v, store, size=64):
 
 
 def _gradients():
-    rng, words = np.random.default_rng(0), subjects.sentence()
-    x = words.vectors[None, :, :16]
-    params = luong_encoder_decoder.init(rng, 16, 16, 32, 32, multiplicative.init(rng, 32, 32))
-    call = Call((x, x, params), {})
+    call, words = _encoder_decoder(), subjects.sentence().words
     weights = luong_encoder_decoder.forward(*call.args)[1].weights[0]
     flow = plot.gradient_flow(luong_encoder_decoder, call)
     norms = plot.gradient_norms(luong_encoder_decoder, call)
@@ -219,7 +216,7 @@ def _gradients():
     def paint():
         figure, (left, middle, right) = _figure(1, 3, 15, 5)
         for ax, title, values in ((left, "attention weights", weights), (middle, "gradient that arrives", flow)):
-            plot.draw_attention(values, ax, queries=words.words, keys=words.words)
+            plot.draw_attention(values, ax, queries=words, keys=words)
             ax.set_title(title)
             ax.set_xlabel("source")
             ax.set_ylabel("target")
@@ -227,6 +224,13 @@ def _gradients():
         return figure
 
     return paint
+
+
+def _encoder_decoder():
+    """A call of an untrained one, which reads the sentence and writes it."""
+    rng, x = np.random.default_rng(0), subjects.sentence().vectors[None, :, :16]
+    params = luong_encoder_decoder.init(rng, 16, 16, 32, 32, multiplicative.init(rng, 32, 32))
+    return Call((x, x, params), {})
 
 
 def _errors(folder):

@@ -235,7 +235,7 @@ def _numbers_or_rings(ax, image, weights):
     if max(weights.shape) <= (9 if short else 6):
         for (i, j), w in np.ndenumerate(weights):
             light = image.norm(w) > 0.55
-            text = f"{w:.2f}".replace("0.", ".")
+            text = re.sub(r"^(-?)0\.", r"\1.", f"{w:.2f}")
             ax.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if light else "white")
     elif weights.shape[0] <= 64:
         columns = weights.argmax(axis=1)
@@ -366,7 +366,8 @@ def draw(mechanism, data=None, *, seed=0, panels=PANELS, beside=True, figure=Non
     kind = sees(mechanism)
     data = usual(kind) if data is None else data
     wanted = {"image": Picture, "sequence": Sentence}.get(kind, object)
-    expect(isinstance(data, wanted), "plot.draw: data", data, f"a {wanted.__name__}, for {mechanism}")
+    given = type(data).__name__
+    expect(isinstance(data, wanted), "plot.draw: data", given, f"a {wanted.__name__}, for {mechanism}")
     shown = []
     if mechanism.ABOUT.weights or _is_attention(mechanism.forward):
         call = call_on(mechanism, data, seed)

@@ -76,8 +76,8 @@ def picture(pixels):
     low, high = float(light.min()), float(light.max())
     light = (light - low) / ((high - low) or 1.0)
     down, right = np.gradient(light)
-    edges = np.abs([right, down, right + down, right - down])
-    names = ["red", "green", "blue", "light", "upright", "level", "falling", "rising"]  # the last four: edges
+    edges = np.abs([right, down, right - down, right + down])  # light changes across an edge, not along it
+    names = ["red", "green", "blue", "light", "upright", "level", "falling", "rising"]
     features = np.concatenate([colours, light[None], edges])
     power = np.sqrt((features**2).mean(axis=(1, 2), keepdims=True))
     return Picture(light, features / np.where(power > 0, power, 1), names)
@@ -215,7 +215,7 @@ def call_on(mechanism, data, seed=0):
     image, length = kind == "image", len(getattr(data, "vectors", SENTENCE))
     if image:
         side = min(_side(weights), *data.grey.shape)
-        sizes = dict.fromkeys(("H", "W", "S0", "S1"), side) | {"axes": 2}
+        sizes = dict.fromkeys(("H", "W", "S0", "S1"), side) | {"N": 1, "axes": 2}
         sizes |= {axes[1]: len(data.features) for axes in hints.values() if is_image(axes) and axes[1] in ("C", "I")}
     else:
         sequences = [axes for name, axes in hints.items() if is_sequence(name, axes)]
