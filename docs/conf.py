@@ -8,6 +8,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import generate  # noqa: E402
 import npm  # noqa: E402
+import pictures  # noqa: E402
 from interactive import build as browser  # noqa: E402
 from sphinx.util.logging import getLogger  # noqa: E402
 
@@ -42,6 +43,7 @@ except npm.NotFetched as error:
     getLogger("refattn").info("equations need a network: %s", error)
 
 generate.pages(HERE / "reference")
+pictures.draw(HERE / "drawn")
 
 
 def python_for_the_browser(app, error):
