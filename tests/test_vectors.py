@@ -869,18 +869,30 @@ def tensor(path):
     return read
 
 
-def evaluated(folder, outputs):
-    """What ONNX's reference evaluator makes of all node tests, as files of the same names."""
+def by_reference(model, given):
+    from onnx.reference import ReferenceEvaluator
+
+    with np.errstate(all="ignore"):
+        return ReferenceEvaluator(model).run(None, given)
+
+
+def by_runtime(model, given):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, given)
+
+
+def evaluated(folder, outputs, run=by_reference):
+    """What somebody who runs models makes of all node tests, as files of the same names."""
     import onnx
     from onnx import numpy_helper
-    from onnx.reference import ReferenceEvaluator
 
     for case in sorted(path for path in folder.iterdir() if path.is_dir()):
         model = onnx.load(case / "model.onnx")
         onnx.checker.check_model(model)
         given = dict(zip([x.name for x in model.graph.input], tensors(case / "test_data_set_0", "input"), strict=True))
-        with np.errstate(all="ignore"):
-            found = ReferenceEvaluator(model).run(None, given)
+        found = run(model, given)
         expected = tensors(case / "test_data_set_0", "output")
         for y, due in zip(found, expected, strict=True):
             assert y.dtype == due.dtype == np.float32 and y.shape == due.shape
@@ -934,8 +946,11 @@ def test_the_reference_evaluator_conforms(node_tests, tmp_path):
     assert all(v.conforms for v in result.verdicts if v.name == "out/out"), str(result)
 
 
-def test_gradients_lie_beside(node_tests, tmp_path):
-    outputs = evaluated(node_tests, tmp_path / "outputs")
+@pytest.mark.parametrize("run", [by_reference, by_runtime])
+def test_gradients_lie_beside(node_tests, tmp_path, run):
+    if run is by_runtime:
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'refattn[onnx]'")
+    outputs = evaluated(node_tests, tmp_path / "outputs", run)
     for case in node_tests.iterdir():
         if case.is_dir():
             shutil.copytree(case / "arrays" / "grad", outputs / case.name / "arrays" / "grad")
