@@ -422,3 +422,17 @@ def test_where_the_convention_puts_the_queries_at_the_end_of_what_is_no_padding(
     call = Call((q, k, v), options)
     assert behaviour.window(right, call, np.random.default_rng(1)) == ""
     assert "outside of the window" in behaviour.window(one_to_the_left, call, np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_gradients_that_were_not_asked_for_are_left_alone(gradients):
+    def forward(q, k, v):
+        return attention(q, k, v, False, None, None, None, False)
+
+    def backward(dout, q, k, v, out):
+        raise NotImplementedError("forward only")
+
+    found = check_behaviour(forward, "dot_product_attention", backward=backward, gradients=gradients, examples=1)
+    assert ("forward only" in found["pure"]) == gradients
+    report = check(forward, "dot_product_attention", backward=backward, gradients=gradients, max_examples=4)
+    assert report.ok == (not gradients)

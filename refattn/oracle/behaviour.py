@@ -368,6 +368,7 @@ def check_behaviour(
     *,
     framework=None,
     backward=None,
+    gradients=True,
     convention=None,
     arithmetic="float32",
     dtype=None,
@@ -379,12 +380,13 @@ def check_behaviour(
 
     Two answers may differ by twice the worst case of the `arithmetic`; those of the same call again not at all.
     `dtype` is that of the arrays, where they are wider than the formats of the arithmetic; a Convention says where the
-    diagonal is.
+    diagonal is. Gradients are looked at where a framework or a backward gives them, unless `gradients` is False.
     """
     mechanism = find(like) if isinstance(like, str) else like
     arithmetic = ARITHMETICS[arithmetic] if isinstance(arithmetic, str) else arithmetic
     run, takes, found, tried = runner(framework, backward), claim(candidate, mechanism), {}, dict.fromkeys(LAWS, 0)
     torch = framework not in (None, "numpy")
+    gradients = gradients and (torch or backward is not None)
     for i in range(16 * examples):
         call = draw(mechanism, FAMILIES[i % len(FAMILIES)], takes, [seed, i])
         if call is None:
@@ -398,7 +400,7 @@ def check_behaviour(
             if tried[law] >= examples or found.get(law.__name__):
                 continue
             more = {"views": TORCH_VIEWS} if law is layout and torch else {}
-            more |= {"dout": dout if torch or backward is not None else None}
+            more |= {"dout": dout if gradients else None}
             try:
                 with np.errstate(all="ignore"):
                     said = law(candidate, call, rng, run=run, allowed=0 if law is pure else allowed, **more)

@@ -253,7 +253,8 @@ def _behaviour(judge, trials, backward, known):
     found = check_behaviour(
         *(judge.candidate, judge.mechanism),
         framework=known["framework"],
-        backward=backward if judge.gradients else None,
+        backward=backward,
+        gradients=judge.gradients,
         convention=trials[0].call.options.get("convention"),
         arithmetic=judge.arithmetic,
         dtype=judge.dtype,
