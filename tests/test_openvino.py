@@ -23,13 +23,13 @@ def test_it_conforms(target, dtype):
 
 @pytest.mark.parametrize(("target", "dtype"), in_every_dtype("openvino"))
 def test_a_planted_fault_is_noticed(target, dtype):
-    """The largest element of the first output is off by a thousandth, in low precision by a tenth."""
+    """The largest element of the first output is off by a thousandth, in low precision by a half."""
 
     def faulty(*args, **options):
         result = right(*args, **options)
         first = result[0] if isinstance(result, tuple) else result
         one = abs(np.nan_to_num(first.astype(float))).argmax()
-        first.flat[one] = first.flat[one].astype(float) * (1.001 if dtype == "float32" else 1.1)
+        first.flat[one] = first.flat[one].astype(float) * (1.001 if dtype == "float32" else 1.5)
         return result
 
     right = target.function
