@@ -3,6 +3,8 @@
 A target is a function called like the reference's forward, but with tensors. Adding one is adding a row to TARGETS.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,17 @@ def departs(when, finding, words):
         raise Departure(finding, words)
 
 
+class Given(nn.Module):
+    """For an adapter: in the place of a layer, what it gives, so that what it was made of can have gradients apart."""
+
+    def __init__(self, y):
+        super().__init__()
+        self.y = y
+
+    def forward(self, _):
+        return self.y
+
+
 # --- the targets ---------------------------------------------------------------------------------------------
 
 
@@ -76,18 +89,36 @@ def linear(x, params):
 
 def conv(x, params, *, stride, padding, dilation, groups):
     function = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
-    per_axis = (n if isinstance(n, tuple) else (n,) * (x.ndim - 2) for n in (stride, padding, dilation))
-    axes = zip(x.shape[2:], params.weight.shape[2:], *per_axis)
-    crashes = x.dtype in LOW and any(_sees_padding_alone(*axis) for axis in axes)
-    departs(crashes, "torch-conv-16-bit-crash", "windows of padding alone, dilated: in 16 bits torch 2.13 crashes")
+    refuse_convolution(x, params.weight, stride, padding, dilation)
     return function(x, params.weight, params.bias, stride, padding, dilation, groups)
 
 
-def _sees_padding_alone(length, kernel, stride, padding, dilation):
-    """Whether along this axis no window has a number of the image under its dilated kernel."""
-    windows = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    places = (stride * i - padding + dilation * j for i in range(windows) for j in range(kernel))
-    return dilation > 1 and not any(0 <= place < length for place in places)
+def refuse_convolution(x, weight, stride, padding, dilation):
+    """What oneDNN does wrong in 16 bits."""
+    if x.dtype not in LOW:
+        return
+    per_axis = (n if isinstance(n, tuple) else (n,) * (x.ndim - 2) for n in (stride, padding, dilation))
+    axes = [_Axis(*axis) for axis in zip(x.shape[2:], weight.shape[2:], *per_axis)]
+    words = "windows of padding alone, dilated: in 16 bits torch 2.13 crashes"
+    departs(any(axis.dilation > 1 and not _seen(axis) for axis in axes), "torch-conv-16-bit-crash", words)
+    words = "a gradient of what is multiplied by padding alone: in bfloat16 torch 2.13 leaves in it what was in memory"
+    unseen = len(_seen(axes[-1])) < axes[-1].kernel and axes[-1].stride > 1
+    departs(x.dtype == torch.bfloat16 and unseen, "torch-conv-bf16-uninitialised", words)
+
+
+class _Axis(NamedTuple):
+    length: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+
+def _seen(axis):
+    """Which places of the kernel lie on a number of the image in some window."""
+    windows = (axis.length + 2 * axis.padding - axis.dilation * (axis.kernel - 1) - 1) // axis.stride + 1
+    starts = [axis.stride * i - axis.padding for i in range(windows)]
+    return {j for j in range(axis.kernel) for start in starts if 0 <= start + axis.dilation * j < axis.length}
 
 
 def batch_norm_train(x, params=None, *, eps=1e-5):
@@ -510,7 +541,8 @@ SUMS = {
     eager.out.name: eager._replace(name=f"{eager.name}, sums too", accumulator=eager.out)
     for eager in (ARITHMETICS["bf16_eager"], ARITHMETICS["f16_eager"])
 }
-# FlexAttention is not here: without its compiler torch 2.13 has no backward of it on the CPU; calls take seconds.
+# FlexAttention is not here: without its compiler torch 2.13 has no backward of it on the CPU, which the laws of
+# behaviour call, and a call takes seconds. Nor is what torch.compile makes: every combination of options is compiled.
 DOT_PRODUCT = {"convention": "torch_sdpa", "times": 4}
 
 

@@ -29,7 +29,7 @@ from refattn.attention.dot_product import alibi, grouped_query_layer, latent, mu
 from refattn.attention.dot_product import decomposed_2d as decomposed
 from refattn.core import Call
 from refattn.frameworks import Target
-from refattn.frameworks.torch import EVERY_DTYPE, LOW, SUMS, departs, run  # noqa: F401
+from refattn.frameworks.torch import EVERY_DTYPE, LOW, SUMS, Given, departs, run  # noqa: F401
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32
 from refattn.oracle.contract import NotHandled
 from refattn.oracle.conventions import PRESETS
@@ -267,7 +267,7 @@ def bert_attention(q, k, v, params, *, heads, mask, key_mask, is_causal):
     features = len(params.q.weight)
     config = transformers.BertConfig(hidden_size=features, num_attention_heads=heads, attn_implementation="eager")
     module = bert.BertSelfAttention(config).eval()
-    module.query, module.key, module.value = map(_Projected, (q, k, v), params)
+    module.query, module.key, module.value = _projected(q, k, v, params)
     return module(q.new_empty(*q.shape[:2], features), _of_layer(q, mask, key_mask, is_causal))[0]
 
 
@@ -282,7 +282,7 @@ def llama_layer(q, k, v, params, *, heads, key_heads, mask, key_mask, is_causal)
         attn_implementation="eager",
     )
     module = llama.LlamaAttention(config, 0).eval()
-    module.q_proj, module.k_proj, module.v_proj = map(_Projected, (q, k, v), params)
+    module.q_proj, module.k_proj, module.v_proj = _projected(q, k, v, params)
     module.o_proj = _Linear(params.out)
     angles = q.new_ones(*q.shape[:2], width), q.new_zeros(*q.shape[:2], width)
     return module(q, angles, _of_layer(q, mask, key_mask, is_causal))[0]
@@ -338,7 +338,7 @@ def swin_v2_attention(q, k, v, params, *, window, pretrained, mask):
         nn.Linear(2, len(params.w1)), nn.ReLU(), nn.Linear(len(params.w1), heads, bias=False)
     ).to(q.dtype)
     module.relative_coords_table = module.create_coords_table_and_index()[0]
-    module.query, module.key, module.value = (_Given(x.transpose(1, 2)) for x in (q, k, v))
+    module.query, module.key, module.value = (Given(x.transpose(1, 2)) for x in (q, k, v))
     weights = dict(zip(("0.weight", "0.bias", "2.weight"), params[1:]))
     weights = {f"continuous_position_bias_mlp.{name}": w for name, w in weights.items()}
     weights["logit_scale"] = params.logit_scale[:, None, None]
@@ -349,22 +349,9 @@ def swin_v2_attention(q, k, v, params, *, window, pretrained, mask):
     return y.unflatten(-1, (heads, features)).transpose(1, 2)
 
 
-class _Given(nn.Module):
-    """In the place of a projection: what it gives."""
-
-    def __init__(self, y):
-        super().__init__()
-        self.y = y
-
-    def forward(self, _):
-        return self.y
-
-
-class _Projected(_Given):
-    """In the place of a projection: one of something else, so that queries, keys and values have gradients apart."""
-
-    def __init__(self, x, params):
-        super().__init__(F.linear(x, params.weight, params.bias))
+def _projected(q, k, v, params):
+    """In the place of three projections of one array: those of three."""
+    return [Given(F.linear(x, *projection)) for x, projection in zip((q, k, v), params)]
 
 
 class _Linear(nn.Module):
