@@ -137,6 +137,7 @@ class _PictureDraw(RandomDraw):
     def __init__(self, seed, sizes, defaults, wide):
         super().__init__(seed)
         self.sizes, self.defaults, self.wide = sizes, defaults, wide  # wide: without heads, letters are features
+        self.numbers = np.random.default_rng(seed)  # of arrays, which the rng of init does not depend on
         self.answers, self.trees = {}, []
 
     def size(self, name, low=1, high=4):
@@ -155,9 +156,12 @@ class _PictureDraw(RandomDraw):
         if name == "heads":  # as many as there may be
             found = [options[-1]]
         elif not found and all(type(o) is int for o in options) and " / " not in name:
-            found = [max(options)]
+            found = [min(options) if name == "reduction" else max(options)]
         self.answers[name] = found[0] if found else options[0]
         return self.answers[name]
+
+    def array(self, *shape):
+        return self.numbers.normal(size=shape)
 
     def integers(self, low, high, *shape):
         whole = len(shape) == 1  # lengths, of which nothing is left out
