@@ -7,6 +7,7 @@ NumPy's. Attributes of ONNX have the precision of float32: in float64 a number t
 """
 
 import functools
+import inspect
 import math
 
 import numpy as np
@@ -59,6 +60,20 @@ def _dtype(name):
     return np.dtype(ml_dtypes.bfloat16)
 
 
+def candidate(load, function, refuse=None, **fixed):
+    """A function below, run by `load`, after `refuse` has seen the call."""
+    bound = functools.partial(function, load, **fixed)
+    if refuse is None:
+        return bound
+
+    def guarded(*args, **options):
+        refuse(*args, **options)
+        return bound(*args, **options)
+
+    guarded.__name__, guarded.__signature__ = function.__name__, inspect.signature(bound)
+    return guarded
+
+
 def attribute(x, like, what):
     """x, if float32 holds it or the arrays are no wider."""
     if x is not None and like.dtype == np.float64 and float(np.float32(x)) != x:
@@ -81,41 +96,40 @@ def heads_first(x, heads):
 
 def attention_23(
     load, q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, q_offset=None, scale=None, softcap=None,
-    opset=23, packed=False,
+    packed=False,
 ):  # fmt: skip
     """Where queries are further on, the first keys are the past."""
     split = past(q, k, v, q_offset if is_causal else None)
-    return _attention(load, opset, q, k, v, split, _one_mask(q, k, attn_bias, attn_mask), packed,
-                      is_causal=is_causal, scale=scale, softcap=softcap)  # fmt: skip
+    options = {"is_causal": is_causal, "scale": scale, "softcap": softcap}
+    return _attention(load, 23, q, k, v, _one_mask(q, k, attn_bias, attn_mask), split, packed=packed, **options)
 
 
 def attention_25(
     load, q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, q_offset=None, window=None, scale=None,
-    softcap=None, packed=False,
+    softcap=None,
 ):  # fmt: skip
     split = past(q, k, v, q_offset if is_causal or window is not None else None)
-    return _attention(load, 25, q, k, v, split, _one_mask(q, k, attn_bias, attn_mask), packed,
-                      is_causal=is_causal, scale=scale, softcap=softcap, window=window)  # fmt: skip
+    options = {"is_causal": is_causal, "scale": scale, "softcap": softcap, "window": window}
+    return _attention(load, 25, q, k, v, _one_mask(q, k, attn_bias, attn_mask), split, **options)
 
 
 def attention_of_cache(
-    load, q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, kv_seqlens=None, scale=None, softcap=None,
-    opset=24,
-):  # fmt: skip
+    load, q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, kv_seqlens=None, scale=None, softcap=None
+):
     """With nonpad_kv_seqlen: keys and values are a cache of which so many are there, the queries are the last ones."""
     filled = np.full(len(q), k.shape[2]) if kv_seqlens is None else kv_seqlens
-    return _attention(load, opset, q, k, v, (None, None), _one_mask(q, k, attn_bias, attn_mask), False,
-                      is_causal=is_causal, scale=scale, softcap=softcap, filled=filled.astype(np.int64))  # fmt: skip
+    options = {"is_causal": is_causal, "scale": scale, "softcap": softcap}
+    mask = _one_mask(q, k, attn_bias, attn_mask)
+    return _attention(load, 24, q, k, v, mask, filled=filled.astype(np.int64), **options)
 
 
 def attention_scores(
-    load, q, k, v, attn_bias=None, *, return_scores, attn_mask=None, is_causal=False, scale=None, softcap=None,
-):  # fmt: skip
+    load, q, k, v, attn_bias=None, *, return_scores, attn_mask=None, is_causal=False, scale=None, softcap=None
+):
     """With qk_matmul_output: (Y, None, scores)."""
+    options = {"is_causal": is_causal, "scale": scale, "softcap": softcap}
     mask = _one_mask(q, k, attn_bias, attn_mask)
-    mode = STAGES.index(return_scores)
-    return _attention(load, 23, q, k, v, (None, None), mask, False,
-                      is_causal=is_causal, scale=scale, softcap=softcap, mode=mode)  # fmt: skip
+    return _attention(load, 23, q, k, v, mask, mode=STAGES.index(return_scores), **options)
 
 
 def scores_example(draw):
@@ -174,7 +188,7 @@ def _settled(q, k, v, is_causal, scale, softcap, window=None):
     return said
 
 
-def _attention(load, opset, q, k, v, split, mask, packed, *, mode=None, filled=None, **options):
+def _attention(load, opset, q, k, v, mask, split=(None, None), *, packed=False, mode=None, filled=None, **options):
     said, (past_k, past_v) = _settled(q, k, v, **options), split
     if past_k is not None:
         k, v = k[:, :, past_k.shape[2] :], v[:, :, past_v.shape[2] :]

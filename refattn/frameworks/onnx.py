@@ -10,7 +10,6 @@ TARGETS is the other direction: the operators as ONNX's own reference evaluator 
 """
 
 import functools
-import inspect
 import math
 from fractions import Fraction
 
@@ -155,18 +154,7 @@ def _evaluator(model):
     return run_quietly
 
 
-def _of_evaluator(function, refuse=None, **fixed):
-    """The function of refattn.frameworks._onnx_nodes, after `refuse` has seen the call."""
-    bound = functools.partial(function, _evaluator, **fixed)
-    if refuse is None:
-        return bound
-
-    def candidate(*args, **options):
-        refuse(*args, **options)
-        return bound(*args, **options)
-
-    candidate.__name__, candidate.__signature__ = function.__name__, inspect.signature(bound)
-    return candidate
+_of_evaluator = functools.partial(nodes.candidate, _evaluator)
 
 
 def _refuse_scale(q, *args, scale=None, **options):
@@ -187,14 +175,9 @@ def _refuse_spread(s, *, axis):
     OF_AXIS(s, axis=axis)
     with np.errstate(all="ignore"):
         low = (s.min(axis=axis) - s.max(axis=axis)).min(initial=0)
-    if low - np.log(s.shape[axis]) < np.log(float(_tiny(s.dtype))):
+    if low - np.log(s.shape[axis]) < np.log(FORMATS[s.dtype.name].tiny):
         words = "LogSoftmax of onnx.reference 1.23.2 is the logarithm of the softmax: -inf where that underflows"
         raise Departure("onnx-reference-log-softmax", words)
-
-
-def _tiny(dtype):
-    """The smallest normal number."""
-    return FORMATS[dtype.name].tiny
 
 
 def _refuse_sums(count, squares=None):

@@ -1,11 +1,11 @@
 """ONNX Runtime, on the CPU: NumPy arrays in and out, no gradients.
 
 A target is a function called like the reference's forward, with NumPy's arrays; it runs a model of one node.
-bfloat16 is not here: of no operator below has ONNX Runtime 1.32 a kernel for it on the CPU.
+bfloat16 is not here: most operators have no kernel for it on the CPU, and no output of it comes back as an array
+(1.32: "No corresponding Numpy type").
 """
 
 import functools
-import inspect
 
 import numpy as np
 import onnxruntime
@@ -32,18 +32,7 @@ def _session(model):
     return lambda given: session.run(None, given)
 
 
-def _of_session(function, refuse=None, **fixed):
-    """The function of refattn.frameworks._onnx_nodes, after `refuse` has seen the call."""
-    bound = functools.partial(function, _session, **fixed)
-    if refuse is None:
-        return bound
-
-    def candidate(*args, **options):
-        refuse(*args, **options)
-        return bound(*args, **options)
-
-    candidate.__name__, candidate.__signature__ = function.__name__, inspect.signature(bound)
-    return candidate
+_of_session = functools.partial(nodes.candidate, _session)
 
 
 # --- what it does otherwise, or not at all ------------------------------------------------------------------------
