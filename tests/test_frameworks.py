@@ -170,6 +170,16 @@ class TestTorch:
         monkeypatch.setattr(frameworks.load("torch"), "departs", lambda *refusal: None)
         assert not judged(target, "torch", dtype, **options).ok
 
+    def test_backends_of_another_device(self, torch):
+        """There is no GPU here: the CPU stands in for one, and its kernels for those."""
+        math, efficient, flash, cudnn = frameworks.load("torch").cuda_targets("cpu")
+        assert math.name.endswith("cpu, MATH") and cudnn.dtypes == flash.dtypes == ("bfloat16", "float16")
+        assert judged(math, "torch", "float16", max_examples=8).ok
+        report = judged(flash, "torch", "bfloat16", families="gaussian", max_examples=2, seed=1)
+        assert report.verdicts and report.passed_over, str(report)
+        report = judged(efficient, "torch", "float32", max_examples=1)
+        assert not report.ok and set(report.passed_over) >= {"EFFICIENT_ATTENTION has no kernel for it"}, str(report)
+
     def test_a_gradient_that_is_none(self, torch):
         report = linear_like(torch, lambda x, params: torch.nn.functional.linear(x.detach(), *params))
         assert report.verdicts["dx"].problem == "nothing came back" and report.verdicts["dparams.weight"].conforms

@@ -209,6 +209,8 @@ def split_attention_module(x, params, *, radix, stride, padding, dilation, stats
         rd_channels=groups,
         norm_layer=None if params.norm0 is None else nn.BatchNorm2d,
     )
+    if params.norm1 is not None:  # of any number of hidden units
+        module.bn1 = nn.BatchNorm2d(len(params.fc1.weight))
     weights = {"conv.weight": params.conv.weight, "conv.bias": params.conv.bias}
     for name, part in (("fc1", params.fc1), ("fc2", params.fc2)):
         weights |= {f"{name}.weight": part.weight[..., None, None], f"{name}.bias": part.bias}

@@ -299,6 +299,22 @@ def _dot_product(q, k, v, attn_bias, attn_mask, is_causal, scale):
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
+def dot_product_on(device, backend):
+    """One backend of a device, which refuses more than others do; results come back to the CPU, gradients too."""
+
+    def attend(q, k, v, attn_bias=None, *, attn_mask=None, is_causal=False, scale=None):
+        there = [None if x is None else x.to(device) for x in (q, k, v, attn_bias, attn_mask)]
+        try:
+            with sdpa_kernel(backend):
+                return _dot_product(*there, is_causal, scale).cpu()
+        except RuntimeError as error:
+            if str(error).startswith(("No available kernel", "No viable backend")):
+                raise NotHandled(f"{backend.name} has no kernel for it") from error
+            raise
+
+    return attend
+
+
 def _refuse_what_departs(q, k, v, scale, is_causal=False):
     """What the fused kernel of the CPU, which torch takes for four axes and values of the same width, does wrong."""
     if q.ndim != 4 or q.shape[-1] != v.shape[-1]:
@@ -550,6 +566,25 @@ def _target(*row, **options):
     return Target(*row, **{"dtypes": EVERY_DTYPE} | options)
 
 
+def cuda_targets(device="cuda"):
+    """Promises of kernels that nobody has measured yet: P and dS are cast, tensor cores truncate what they add."""
+    flash = {form: ARITHMETICS[f"{short}_flash"] for form, short in (("bfloat16", "bf16"), ("float16", "f16"))}
+    fused = {form: a._replace(name=f"{a.name}, truncated", accumulator_truncates=True) for form, a in flash.items()}
+    every = {"MATH": UPCAST, "EFFICIENT_ATTENTION": fused, "FLASH_ATTENTION": fused, "CUDNN_ATTENTION": fused}
+    low = "bfloat16", "float16"
+    dtypes = {"MATH": EVERY_DTYPE, "EFFICIENT_ATTENTION": ("float32", *low)}
+    return tuple(
+        Target(
+            *(f"scaled_dot_product_attention, {device}, {name}", "dot_product_attention"),
+            dot_product_on(device, getattr(SDPBackend, name)),
+            **DOT_PRODUCT,
+            dtypes=dtypes.get(name, low),
+            arithmetic=arithmetic,
+        )
+        for name, arithmetic in every.items()
+    )
+
+
 TARGETS = (
     _target("scaled_dot_product_attention", "scaled_dot_product", scaled_dot_product, arithmetic=FUSED),
     _target("scaled_dot_product_attention, causal", "scaled_dot_product", scaled_dot_product_causal, arithmetic=FUSED),
@@ -608,3 +643,5 @@ TARGETS = (
     _target("interpolate, bilinear", "bilinear_resize", bilinear_resize, bilinear_example, arithmetic=UPCAST),
     _target("embedding", "embedding", embedding, arithmetic=SUMS),
 )
+if torch.cuda.is_available():
+    TARGETS += cuda_targets()
