@@ -372,6 +372,9 @@ def draw(mechanism, data=None, *, seed=0, panels=PANELS, beside=True, figure=Non
     if mechanism.ABOUT.weights or _is_attention(mechanism.forward):
         call = call_on(mechanism, data, seed)
         shown = attention_of(mechanism, *mechanism.forward(*call.args, **call.options))
+    for one in shown:
+        if not np.isfinite(one.value).all():
+            raise ValueError(f"{one.name} of {mechanism} is not finite everywhere on this input")
     if not shown:
         raise NothingToDraw(f"{mechanism} has no attention map: there is nothing to draw")
     found = [("the image", lambda ax: _plain(ax, data.grey))] if kind == "image" and beside else []

@@ -24,7 +24,8 @@ from refattn.primitives import adaptive_average_pool
 
 SENTENCE = ("the", "small", "cat", "saw", "the", "big", "dog", "and", "the", "dog", "ran")
 PIXELS, PIXELS_IN_PAIRS = 96, 24  # along a side of an image; where every pixel attends to every pixel
-LEAST, LONGEST = 8, 256  # pixels along a side, items of a sequence
+LEAST, LARGEST, LONGEST = 8, 512, 256  # pixels along a side, and where they are made fewer; items of a sequence
+HUGE = 1e30  # beyond, squares and products come near to overflow
 CREDIT = "Commodore Grace Hopper, 1984, photograph of the US Navy, in the public domain"
 
 
@@ -62,16 +63,20 @@ def photograph():
     from matplotlib import cbook
     from matplotlib.image import imread
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        return imread(file, format="jpg")
+    try:
+        with cbook.get_sample_data("grace_hopper.jpg") as file:
+            return imread(file, format="jpg")
+    except FileNotFoundError:  # some distributions leave out the sample data
+        raise FileNotFoundError(
+            "this matplotlib comes without its photograph: an image of your own is needed"
+        ) from None
 
 
 def picture(pixels):
     """The middle square of an image, (H, W), (H, W, 3) or (H, W, 4), as eight channels: colours, light, edges."""
     pixels = np.asarray(pixels)
-    pixels = pixels / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float64)
     colours = np.moveaxis(pixels[..., :3], -1, 0) if pixels.ndim == 3 else np.stack([pixels] * 3)
-    red, green, blue = colours = _square(np.broadcast_to(colours, (3, *colours.shape[1:])))
+    red, green, blue = colours = _shrunk(_square(colours)) / (255 if pixels.dtype == np.uint8 else 1)
     light = 0.3 * red + 0.59 * green + 0.11 * blue
     low, high = float(light.min()), float(light.max())
     light = (light - low) / ((high - low) or 1.0)
@@ -103,6 +108,14 @@ def _square(x):
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return x[..., top : top + side, left : left + side]
+
+
+def _shrunk(x):
+    """(C, side, side), by averages of whole pixels, to a side of at least LARGEST, but less than twice that."""
+    times = max(1, x.shape[-1] // LARGEST)
+    side = x.shape[-1] // times
+    blocks = x[:, : side * times, : side * times].reshape(len(x), side, times, side, times)
+    return blocks.mean(axis=(2, 4), dtype=np.float64)
 
 
 def _resized(x, height, width):
@@ -327,8 +340,8 @@ def _read_array(path):
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiub" or x.size == 0:
         raise ValueError(f"{path} does not hold one array of real numbers")
     x = x.astype(np.float64)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path} has NaN or infinity in it")
+    if not np.abs(x).max() <= HUGE:
+        raise ValueError(f"{path} has NaN, infinity or numbers beyond {HUGE:.0e} in it")
     return x
 
 

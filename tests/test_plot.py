@@ -292,6 +292,13 @@ def test_the_photograph():
     assert np.allclose((seen.features**2).mean(axis=(1, 2)), 1)
 
 
+def test_without_the_photograph(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.cbook._get_data_path", lambda *_: Path("nowhere/grace_hopper.jpg"))
+    with pytest.raises(FileNotFoundError, match="this matplotlib comes without its photograph"):
+        photograph()
+
+
 def test_edges_are_called_what_they_are():
     stripes = np.tile(np.arange(16) % 8 < 4, (16, 1)).astype(float)
     for image, name in ((stripes, "upright"), (stripes.T, "level")):
@@ -310,6 +317,14 @@ def test_an_image_without_contrast(image):
     seen = picture(image)
     side = min(image.shape[:2])
     assert seen.features.shape == (8, side, side) and np.isfinite(seen.features).all()
+
+
+def test_a_large_image_is_made_smaller():
+    pixels = np.zeros((1600, 1100, 3), np.uint8)
+    pixels[250:800] = 200  # the upper half of the middle square
+    seen = picture(pixels)
+    assert seen.grey.shape == (550, 550) and (seen.grey[:275] == 1).all() and (seen.grey[275:] == 0).all()
+    assert picture(photograph()).grey.shape == (512, 512)
 
 
 def test_words_with_common_letters_are_alike():
@@ -381,6 +396,12 @@ def test_the_inside_of_a_hybrid_is_drawn(looked_at):
     assert figure.get_suptitle() == "cbam, 2 of 3 pictures"
     figure = draw("cbam", looked_at["image"], beside=False)
     assert figure.axes[0].get_title() == "channel_gate"
+
+
+def test_weights_that_are_not_finite(looked_at):
+    data = looked_at["sequence"]
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match="attn of scaled_dot_product is not finite"):
+        draw("scaled_dot_product", data._replace(vectors=data.vectors * 1e200))
 
 
 def test_a_mechanism_of_ones_own(looked_at):
@@ -511,7 +532,9 @@ def test_features_are_taken_as_they_are(tmp_path):
         (["cbam", "--input", "text.npy"], "text.npy cannot be read"),
         (["cbam", "--input", "pickle.npy"], "pickle.npy cannot be read: Object arrays cannot be loaded"),
         (["cbam", "--input", "words.npy"], "words.npy does not hold one array of real numbers"),
-        (["cbam", "--input", "nan.npy"], "nan.npy has NaN or infinity in it"),
+        (["cbam", "--input", "nan.npy"], "nan.npy has NaN, infinity or numbers beyond 1e"),
+        (["cbam", "--input", "huge.npy"], "huge.npy has NaN, infinity or numbers beyond 1e"),
+        (["second_order_channel", "--input", "zero.npy"], "variance of x is .*, expected images that are not constant"),
         (["cbam", "--input", "short.npy"], r"short.npy has shape \(3,\), expected \(H, W\) or \(C, H, W\), 8 pixels"),
         (["cbam", "--input", "small.npy"], r"has shape \(4, 9\), expected .* 8 pixels or more along a side, for cbam"),
         (["cbam", "--input", "small.png"], "small.png has 9 x 4 pixels, expected 8 x 8 or more"),
@@ -529,7 +552,8 @@ def test_what_cannot_be_drawn(run, tmp_path, arguments, story):
     from matplotlib.image import imsave
 
     arrays = {"short": np.zeros(3), "small": np.zeros((4, 9)), "cube": np.zeros((2, 9, 9)), "long": np.zeros((257, 2))}
-    arrays |= {"words": np.array(["a", "b"]), "nan": np.full((9, 9), np.nan)}
+    arrays |= {"words": np.array(["a", "b"]), "nan": np.full((9, 9), np.nan), "zero": np.zeros((9, 9))}
+    arrays |= {"huge": np.full((9, 9), -1e31)}
     for name, array in arrays.items():
         np.save(f"{name}.npy", array)
     np.save("pickle.npy", np.array([None]), allow_pickle=True)
