@@ -45,7 +45,7 @@ def forward(part):
     own, common, score = _exponents(part, a, u, keys, features)
     spread = (own + common).max(axis=-1, keepdims=True, initial=0)
     exponent = LAMBDA * np.sqrt(spread)
-    grown = part.p * np.exp(np.where(exponent > LINEAR, np.inf, exponent))  # p is not known at all: the worst case holds
+    grown = part.p * np.exp(np.where(exponent > LINEAR, np.inf, exponent))  # then the worst case holds
     moved = grown * grown * (own + common)
     y, size = part.y, np.abs(part.v)
     shared = 0.0 if np.isscalar(common) else (grown * np.sqrt(common)).sum(axis=-1, keepdims=True) ** 2
