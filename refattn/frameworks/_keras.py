@@ -66,7 +66,7 @@ def _dtype(x):
 
 def _refuse_bias_sum(bias, tokens):
     if BACKEND == "tensorflow" and bias is not None and _dtype(bias) == "bfloat16" and tokens > 16:
-        raise Departure("tensorflow-bfloat16-bias-gradient", "tensorflow 2.21 sums the gradient of a bias in bfloat16")
+        raise Departure("tensorflow-16-bit-sums", "tensorflow 2.21 sums the gradient of a bias in bfloat16")
 
 
 # --- attention ------------------------------------------------------------------------------------------------
@@ -259,6 +259,8 @@ def attention(q, k, v, *, scale=None, is_causal=False, q_seqlens=None, kv_seqlen
     if k.shape[1] != q.shape[1]:
         raise NotHandled("heads that share keys")
     _refuse_nan(q, k)
+    if BACKEND == "torch" and _dtype(q) == "bfloat16" and any(x.isnan().any() for x in (q, k, v)):
+        raise Departure("torch-amx-nan", "NaN in products of bfloat16: on AMX torch 2.13 lets it out into other rows")
     of_keys = None if kv_seqlens is None else _within(kv_seqlens, k)
     of_queries = None if q_seqlens is None else _within(q_seqlens, q)
     if _empty_rows(q.shape, k.shape, is_causal, None if of_keys is None else of_keys[:, None, None]):
@@ -366,7 +368,7 @@ def max_pool(x, *, kernel, stride, padding, dilation):
 def average_pool(x, *, kernel, stride, padding, count_include_pad):
     if count_include_pad and any(padding):
         raise NotHandled("padding that counts")
-    _refuse_three_axes(x, {"torch": EVERY_DTYPE[2:], "tensorflow": ("float64", "float16")})
+    _refuse_three_axes(x, {"torch": ("bfloat16", "float16"), "tensorflow": ("float64", "float16")})
     layers = {3: keras.layers.AveragePooling1D, 4: keras.layers.AveragePooling2D, 5: keras.layers.AveragePooling3D}
     return _pool(layers[len(x.shape)], x, kernel, stride, padding)
 
@@ -558,13 +560,13 @@ def _scan(x, start, cell, *, reset_after, z_weighs, mask, **options):
     return _call(layer, [x.shape], weights, x, initial_state=start, mask=mask)
 
 
-EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
-# On JAX and torch Keras' rules of promotion make float32 of float64 in much of what it computes, whatever the layer's
-# dtype says: docs/findings/keras-float64.md.
-SINGLE = EVERY_DTYPE if BACKEND == "tensorflow" else EVERY_DTYPE[1:]
-# On JAX the fused product of float16 is not there on the CPU ("F16_F16_F32 is not supported by dot_general").
-FUSED = EVERY_DTYPE[1:3] if BACKEND == "jax" else SINGLE
-# The gradient of an embedding is summed in 16 bits on torch and TensorFlow (docs/findings/torch-16-bit-sums.md).
+# On JAX every shape is compiled, which takes a second: there are two dtypes of it. And the fused product of float16 is
+# not there on the CPU ("F16_F16_F32 is not supported by dot_general").
+EVERY_DTYPE = ("float32", "bfloat16") if BACKEND == "jax" else ("float64", "float32", "bfloat16", "float16")
+# On torch Keras' rules of promotion make float32 of float64 in much of what it computes, whatever the layer's dtype
+# says: docs/findings/keras-float64.md.
+SINGLE = EVERY_DTYPE[1:] if BACKEND == "torch" else EVERY_DTYPE
+# Sums that torch and TensorFlow keep in 16 bits: docs/findings/torch-16-bit-sums.md, tensorflow-16-bit-sums.md.
 SUMS = {
     eager.out.name: eager._replace(name=f"{eager.name}, sums too", accumulator=eager.out)
     for eager in (ARITHMETICS["bf16_eager"], ARITHMETICS["f16_eager"])
@@ -590,8 +592,8 @@ LAYERS = (
     ("layers.LayerNormalization", "layer_norm", layer_norm, None, SINGLE),
     ("layers.GroupNormalization", "group_norm", group_norm, None, SINGLE),
     ("layers.RMSNormalization", "rms_norm", rms_norm, None, SINGLE),
-    ("layers.MaxPooling1D, 2D, 3D", "max_pool", max_pool, max_pool_example, EVERY_DTYPE),
-    ("layers.AveragePooling1D, 2D, 3D", "average_pool", average_pool, average_pool_example, EVERY_DTYPE),
+    ("layers.MaxPooling1D, 2D, 3D", "max_pool", max_pool, max_pool_example, EVERY_DTYPE, SUMS),
+    ("layers.AveragePooling1D, 2D, 3D", "average_pool", average_pool, average_pool_example, EVERY_DTYPE, SUMS),
     ("layers.Embedding", "embedding", embedding, None, EVERY_DTYPE, SUMS),
     ("layers.Softmax", "softmax", softmax, None, EVERY_DTYPE),
     ("ops.log_softmax", "log_softmax", log_softmax, None, EVERY_DTYPE),
@@ -606,12 +608,12 @@ def targets(arithmetic, times=3):
         Target(
             "ops.dot_product_attention",
             function=dot_product_attention,
-            dtypes=FUSED,
+            dtypes=SINGLE,
             arithmetic=arithmetic,
             convention="keras_ops_torch" if BACKEND == "torch" else "keras_ops",
             **attentions,
         ),
         Target("layers.Attention", function=attention, dtypes=SINGLE, convention="keras_attention", **attentions),
-        Target("layers.MultiHeadAttention", "multi_head", multi_head_attention, multi_head_example, dtypes=FUSED),
+        Target("layers.MultiHeadAttention", "multi_head", multi_head_attention, multi_head_example, dtypes=SINGLE),
         *(Target(*row) for row in LAYERS),
     )

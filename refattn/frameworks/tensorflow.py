@@ -11,6 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from refattn.core import leaves, tree_map
+from refattn.frameworks import Target
+from refattn.oracle.arithmetic import ARITHMETICS
+from refattn.oracle.contract import Departure, NotHandled
 
 VERSION = tf.__version__
 
@@ -19,7 +22,7 @@ def run(candidate, args, options, dout):
     """Call it with tensors: (result, gradients) in NumPy; no gradients where dout is None."""
     args = tree_map(tf.constant, tuple(args))
     options = {name: tree_map(_tensor, value) for name, value in options.items()}
-    with tf.GradientTape(persistent=False) as tape:
+    with tf.GradientTape() as tape:
         tape.watch([x for _, x in leaves(args)])
         result = candidate(*args, **options)
     result = tuple(result) if isinstance(result, list) else result
@@ -48,4 +51,109 @@ def _array(x):
     return None if x is None else tf.convert_to_tensor(x).numpy()  # a sparse gradient becomes a dense one
 
 
-TARGETS = ()
+# --- the targets ----------------------------------------------------------------------------------------------
+
+
+def softmax(s, *, axis):
+    return tf.nn.softmax(s, axis)
+
+
+def log_softmax(s, *, axis):
+    return tf.nn.log_softmax(s, axis)
+
+
+def logsumexp(s, *, axis, keepdims):
+    return tf.reduce_logsumexp(s, axis, keepdims)
+
+
+def linear(x, params):
+    return _biased(tf.linalg.matmul(x, params.weight, transpose_b=True), params.bias)
+
+
+def _biased(y, bias):
+    if bias is None:
+        return y
+    if y.dtype == tf.bfloat16 and tf.size(y) > 16 * tf.size(bias):
+        raise Departure("tensorflow-16-bit-sums", "tensorflow 2.21 sums the gradient of a bias in bfloat16")
+    return tf.nn.bias_add(y, bias)
+
+
+def conv(x, params, *, stride, padding, dilation, groups):
+    if groups > 1 and (len(x.shape) == 5 or x.dtype == tf.float64):
+        raise NotHandled(
+            "groups in three dimensions, or in float64, whose gradient tensorflow does not have on the CPU"
+        )
+    if stride != 1 and max(dilation) > 1:
+        raise NotHandled("strides and dilation")
+    weight = tf.transpose(params.weight, (*range(2, len(x.shape)), 1, 0))
+    y = tf.nn.convolution(_padded(x, padding, 0), weight, stride, "VALID", dilations=list(dilation))
+    return _channels_first(_biased(y, params.bias))
+
+
+def max_pool(x, *, kernel, stride, padding, dilation):
+    if max(dilation) > 1:
+        raise NotHandled("dilation")
+    _refuse_three_axes(x)
+    return _channels_first(tf.nn.max_pool(_padded(x, padding, -np.inf), kernel, _steps(kernel, stride), "VALID"))
+
+
+def average_pool(x, *, kernel, stride, padding, count_include_pad):
+    if any(padding) and not count_include_pad:
+        raise NotHandled("padding that does not count")
+    _refuse_three_axes(x)
+    layout = {3: "NWC", 4: "NHWC", 5: "NDHWC"}[len(x.shape)]  # without it 2.21 has no gradient in three dimensions
+    y = tf.nn.avg_pool(_padded(x, padding, 0), kernel, _steps(kernel, stride), "VALID", layout)
+    return _channels_first(y)
+
+
+def _padded(x, padding, by):
+    """(N, C, *S) as (N, *S, C), and padding on both sides of S."""
+    x = tf.transpose(x, (0, *range(2, len(x.shape)), 1))
+    return tf.pad(x, [(0, 0), *((p, p) for p in padding), (0, 0)], constant_values=tf.constant(by, x.dtype))
+
+
+def _channels_first(x):
+    return tf.transpose(x, (0, len(x.shape) - 1, *range(1, len(x.shape) - 1)))
+
+
+def _steps(kernel, stride):
+    return kernel if stride is None else stride
+
+
+def _refuse_three_axes(x):
+    if len(x.shape) == 5 and x.dtype in (tf.float64, tf.float16):
+        raise NotHandled(f"three axes of space in {x.dtype.name}, which tensorflow does not have on the CPU")
+
+
+def batch_norm(x, params=None, *, stats=None, eps=1e-5):
+    """By nn.moments and nn.batch_normalization."""
+    x = tf.transpose(x, (0, *range(2, len(x.shape)), 1))
+    mean, variance = stats or tf.nn.moments(x, list(range(len(x.shape) - 1)))
+    gamma, beta = params or (None, None)
+    return _channels_first(tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps))
+
+
+def embedding(table, *, ids, padding_idx):
+    if padding_idx is not None:
+        raise NotHandled("padding_idx")
+    return tf.nn.embedding_lookup(table, ids)
+
+
+EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
+# Sums that are kept in 16 bits: docs/findings/tensorflow-16-bit-sums.md.
+SUMS = {
+    eager.out.name: eager._replace(name=f"{eager.name}, sums too", accumulator=eager.out)
+    for eager in (ARITHMETICS["bf16_eager"], ARITHMETICS["f16_eager"])
+}
+
+TARGETS = (
+    Target("nn.softmax", "softmax", softmax, dtypes=EVERY_DTYPE),
+    Target("nn.log_softmax", "log_softmax", log_softmax, dtypes=EVERY_DTYPE),
+    Target("reduce_logsumexp", "logsumexp", logsumexp, dtypes=EVERY_DTYPE),
+    Target("linalg.matmul, nn.bias_add", "linear", linear, dtypes=EVERY_DTYPE),
+    Target("nn.convolution", "conv", conv, dtypes=EVERY_DTYPE),
+    Target("nn.max_pool", "max_pool", max_pool, dtypes=EVERY_DTYPE, arithmetic=SUMS),
+    Target("nn.avg_pool", "average_pool", average_pool, dtypes=EVERY_DTYPE),
+    Target("nn.batch_normalization", "batch_norm", batch_norm, dtypes=EVERY_DTYPE, arithmetic=SUMS),
+    Target("nn.embedding_lookup", "embedding", embedding, dtypes=EVERY_DTYPE),
+)
