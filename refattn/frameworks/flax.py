@@ -122,8 +122,8 @@ def _kernels(params, heads):
     return pairs | {"out": (weight.T.reshape(heads, -1, len(weight)), bias)}
 
 
-def _named(pair):
-    return {name: x for name, x in zip(("kernel", "bias"), pair) if x is not None}
+def _named(arrays, *names):
+    return {name: x for name, x in zip(names or ("kernel", "bias"), arrays) if x is not None}
 
 
 def _by_time(x):
@@ -134,6 +134,140 @@ def _by_time(x):
 def _causal(q, k):
     """As linen.make_causal_mask makes it, for queries that are not as many as the keys."""
     return linen.make_attention_mask(jnp.arange(q.shape[2])[None], jnp.arange(k.shape[2])[None], jnp.greater_equal)
+
+
+@jax.jit
+def linear(x, params):
+    layer = linen.Dense(len(params.weight), use_bias=params.bias is not None)
+    return layer.apply({"params": _named((params.weight.T, params.bias))}, x)
+
+
+def conv(x, params, *, stride, padding, dilation, groups):
+    settled = (n if isinstance(n, int) else tuple(n) for n in (stride, padding, dilation))
+    return _conv(x, params, *settled, groups)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _conv(x, params, stride, padding, dilation, groups):
+    weight, bias = params
+    layer = linen.Conv(
+        len(weight),
+        weight.shape[2:],
+        stride,
+        [(p, p) for p in padding],
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        use_bias=bias is not None,
+    )
+    kernel = jnp.moveaxis(weight, (0, 1), (-1, -2))
+    return _channels_first(layer.apply({"params": _named((kernel, bias))}, _channels_last(x)))
+
+
+def layer_norm(x, params=None, *, axes, eps):
+    return _layer_norm(x, params, axes, eps)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _layer_norm(x, params, axes, eps):
+    gamma, beta = params or (None, None)
+    over = tuple(range(-axes, 0))
+    affine = {"use_scale": gamma is not None, "use_bias": beta is not None}
+    layer = linen.LayerNorm(eps, **affine, reduction_axes=over, feature_axes=over, use_fast_variance=False)
+    return layer.apply({"params": _named((gamma, beta), "scale", "bias")}, x)
+
+
+def group_norm(x, params=None, *, groups, eps):
+    return _group_norm(x, params, groups, eps)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _group_norm(x, params, groups, eps):
+    affine = {"use_scale": params is not None, "use_bias": params is not None}
+    layer = linen.GroupNorm(groups, epsilon=eps, **affine, use_fast_variance=False)
+    weights = {"params": _named(params or (), "scale", "bias")}
+    return _channels_first(layer.apply(weights, _channels_last(x)))
+
+
+def rms_norm(x, params=None, *, eps):
+    return _rms_norm(x, params, eps)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _rms_norm(x, params, eps):
+    layer = linen.RMSNorm(eps, use_scale=params is not None)
+    return layer.apply({"params": _named(params or (), "scale")}, x)
+
+
+@jax.jit
+def rnn_cell(x, h, params):
+    layer = linen.SimpleCell(h.shape[-1])
+    bias = _sum(params.b_x, params.b_h, h)
+    weights = {"i": _named((params.w_x.T, bias)), "h": _named((params.w_h.T,))}
+    return layer.apply({"params": weights}, h, x)[0]
+
+
+def gru_cell(x, h, params, *, reset_after, z_weighs):
+    if params.w_x is None or not reset_after or z_weighs == "new":
+        raise NotHandled("what is projected already, reset before the product, or weighed by 1 - z")
+    return _gru_cell(x, h, params)
+
+
+@jax.jit
+def _gru_cell(x, h, params):
+    zeros = jnp.zeros((3, h.shape[-1]), h.dtype)
+    b_x, b_h = (zeros if b is None else b for b in params[2:])
+    weights = {}
+    for i, gate in enumerate("rzn"):  # of r and z there is one bias
+        weights[f"i{gate}"] = _named((params.w_x[i].T, b_x[i] if gate == "n" else b_x[i] + b_h[i]))
+        weights[f"h{gate}"] = _named((params.w_h[i].T, b_h[i] if gate == "n" else None))
+    return linen.GRUCell(h.shape[-1]).apply({"params": weights}, h, x)[0]
+
+
+@jax.jit
+def lstm_cell(x, state, params):
+    weights = {}
+    for i, gate in enumerate("ifgo"):
+        biases = (None if b is None else b[i] for b in params[2:])
+        weights[f"i{gate}"] = _named((params.w_x[i].T,))
+        weights[f"h{gate}"] = _named((params.w_h[i].T, _sum(*biases, state.h[0])))
+    (c, h), _ = linen.OptimizedLSTMCell(state.h.shape[-1]).apply({"params": weights}, (state.c, state.h), x)
+    return h, c
+
+
+def _sum(b_x, b_h, like):
+    zeros = jnp.zeros(like.shape[-1], like.dtype)
+    return (zeros if b_x is None else b_x) + (zeros if b_h is None else b_h)
+
+
+def max_pool(x, *, kernel, stride, padding):
+    return _max_pool(x, *_windows(kernel, stride, padding))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _max_pool(x, kernel, stride, padding):
+    return _channels_first(linen.max_pool(_channels_last(x), kernel, stride, padding))
+
+
+def average_pool(x, *, kernel, stride, padding, count_include_pad):
+    return _average_pool(x, *_windows(kernel, stride, padding), count_include_pad)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _average_pool(x, kernel, stride, padding, padded):
+    return _channels_first(linen.avg_pool(_channels_last(x), kernel, stride, padding, padded))
+
+
+def _windows(kernel, stride, padding):
+    stride = kernel if stride is None else (stride,) * len(kernel) if isinstance(stride, int) else stride
+    return tuple(kernel), tuple(stride), tuple((p, p) for p in padding)
+
+
+def _channels_last(x):
+    return jnp.moveaxis(x, 1, -1)
+
+
+def _channels_first(x):
+    return jnp.moveaxis(x, -1, 1)
 
 
 EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
@@ -197,4 +331,14 @@ TARGETS = (
         dtypes=tuple(jax_attention),
         arithmetic=SUMS_AS_GIVEN | {"float64": jax_attention["float64"]},
     ),
+    Target("linen.SimpleCell", "rnn_cell", rnn_cell),
+    Target("linen.GRUCell", "gru_cell", gru_cell),
+    Target("linen.OptimizedLSTMCell", "lstm_cell", lstm_cell),
+    Target("linen.Dense", "linear", linear),
+    Target("linen.Conv", "conv", conv),
+    Target("linen.LayerNorm", "layer_norm", layer_norm),
+    Target("linen.GroupNorm", "group_norm", group_norm),
+    Target("linen.RMSNorm", "rms_norm", rms_norm),
+    Target("linen.max_pool", "max_pool", max_pool),
+    Target("linen.avg_pool", "average_pool", average_pool),
 )
