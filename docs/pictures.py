@@ -100,7 +100,8 @@ def _gallery(has_picture):
 def _both(name, words):
     """A picture on a page, the light or the dark one."""
     for theme in THEMES:
-        yield from (f"```{{image}} drawn/{name}-{theme}.png", f":class: only-{theme}", f":alt: {words}", "```", "")
+        said = f":class: only-{theme}", f":alt: {words}", ":loading: lazy"  # nobody fetches those of the other theme
+        yield from (f"```{{image}} drawn/{name}-{theme}.png", *said, "```", "")
 
 
 # --- single pictures: each computes what it needs once, and returns a function that draws it ---------------
