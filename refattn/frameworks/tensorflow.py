@@ -67,7 +67,7 @@ def logsumexp(s, *, axis, keepdims):
 
 
 def linear(x, params):
-    return _biased(tf.linalg.matmul(x, params.weight, transpose_b=True), params.bias)
+    return _biased(tf.tensordot(x, params.weight, [[-1], [1]]), params.bias)
 
 
 def _biased(y, bias):
@@ -94,15 +94,15 @@ def max_pool(x, *, kernel, stride, padding, dilation):
     if max(dilation) > 1:
         raise NotHandled("dilation")
     _refuse_three_axes(x)
-    return _channels_first(tf.nn.max_pool(_padded(x, padding, -np.inf), kernel, _steps(kernel, stride), "VALID"))
+    y = tf.nn.max_pool(_padded(x, padding, -np.inf), kernel, _steps(kernel, stride), "VALID", _layout(x))
+    return _channels_first(y)
 
 
 def average_pool(x, *, kernel, stride, padding, count_include_pad):
     if any(padding) and not count_include_pad:
         raise NotHandled("padding that does not count")
     _refuse_three_axes(x)
-    layout = {3: "NWC", 4: "NHWC", 5: "NDHWC"}[len(x.shape)]  # without it 2.21 has no gradient in three dimensions
-    y = tf.nn.avg_pool(_padded(x, padding, 0), kernel, _steps(kernel, stride), "VALID", layout)
+    y = tf.nn.avg_pool(_padded(x, padding, 0), kernel, _steps(kernel, stride), "VALID", _layout(x))
     return _channels_first(y)
 
 
@@ -114,6 +114,11 @@ def _padded(x, padding, by):
 
 def _channels_first(x):
     return tf.transpose(x, (0, len(x.shape) - 1, *range(1, len(x.shape) - 1)))
+
+
+def _layout(x):
+    """Without it pools of 2.21 have no gradient in three dimensions."""
+    return {3: "NWC", 4: "NHWC", 5: "NDHWC"}[len(x.shape)]
 
 
 def _steps(kernel, stride):
@@ -150,10 +155,10 @@ TARGETS = (
     Target("nn.softmax", "softmax", softmax, dtypes=EVERY_DTYPE),
     Target("nn.log_softmax", "log_softmax", log_softmax, dtypes=EVERY_DTYPE),
     Target("reduce_logsumexp", "logsumexp", logsumexp, dtypes=EVERY_DTYPE),
-    Target("linalg.matmul, nn.bias_add", "linear", linear, dtypes=EVERY_DTYPE),
+    Target("tensordot, nn.bias_add", "linear", linear, dtypes=EVERY_DTYPE),
     Target("nn.convolution", "conv", conv, dtypes=EVERY_DTYPE),
     Target("nn.max_pool", "max_pool", max_pool, dtypes=EVERY_DTYPE, arithmetic=SUMS),
     Target("nn.avg_pool", "average_pool", average_pool, dtypes=EVERY_DTYPE),
     Target("nn.batch_normalization", "batch_norm", batch_norm, dtypes=EVERY_DTYPE, arithmetic=SUMS),
-    Target("nn.embedding_lookup", "embedding", embedding, dtypes=EVERY_DTYPE),
+    Target("nn.embedding_lookup", "embedding", embedding, dtypes=EVERY_DTYPE, arithmetic=SUMS),
 )
