@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from generate import FAMILIES
 
 import refattn
 from refattn import plot, subjects
@@ -20,13 +21,6 @@ from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, round_to
 from refattn.oracle.bounds import attention_bounds
 from refattn.registry import mechanisms
 
-FAMILIES = {
-    "channel": "What to look at",
-    "spatial": "Where to look",
-    "mixed": "Both",
-    "temporal": "When to look",
-    "dot_product": "Self- and cross-attention",
-}
 MASKS = (
     "causal()", "causal() & window(3, 0)", "window(2, 2)", "causal() & chunked(4)", "prefix(5)", "dilated(2, 3)",
     "causal() & (window(3, 0) | strided(4))", "document(lengths=(5, 4, 7)) & causal()", "neighbourhood(4, 4, 3)",
@@ -87,6 +81,8 @@ def _gallery(has_picture):
     lines = []
     for family, question in FAMILIES.items():
         ours = [m for m in mechanisms().values() if m.family == family]
+        if not ours:  # primitives, which are no mechanisms
+            continue
         lines += [f"## {family.replace('_', ' ')}", "", f"*{question}.*", ""]
         for m in ours:
             if has_picture[m.name]:

@@ -36,6 +36,7 @@ from refattn.registry import everything, mechanisms
 from refattn.subjects import Picture, call_on, photograph, picture, sees, sentence, usual
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+# of mechanisms: what has no attention map, nor any inside
 WITHOUT = {
     "matrix_power_pool",
     "axial_rotary",
@@ -612,8 +613,10 @@ def test_the_gallery_is_drawn_once(pictures, tmp_path, monkeypatch):
     for shown in (
         "drawn/squeeze_excitation-dark.png\n:class: only-dark",
         "Without an attention map: [matrix_power_pool]",
+        "## channel",
     ):
         assert shown in text
+    assert "primitives" not in text
     (tmp_path / "masks-dark.png").write_bytes(b"seen")
     pictures.draw(tmp_path)
     assert (tmp_path / "masks-dark.png").read_bytes() == b"seen"  # nothing was drawn again
