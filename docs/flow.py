@@ -43,6 +43,8 @@ def parse(lines):
             name, colon, shape = (text.strip() for text in part.partition(":"))
             if not name:
                 raise ValueError(f"flow: {line!r}, expected names with -> between them")
+            if colon and not (shape.startswith("(") and shape.endswith(")")):
+                raise ValueError(f"flow: {part!r}, expected the shape of {name} in parentheses, or no colon")
             if colon or name not in found:
                 found[name] = Node(name, shape)
             names.append(name)

@@ -51,6 +51,12 @@ def test_lines_that_are_none(lines):
         flow.parse(lines)
 
 
+@pytest.mark.parametrize("line", ["x: N C -> a", "sum: over the keys -> y: (Q)", "x: -> a"])
+def test_a_colon_that_begins_no_shape(line):
+    with pytest.raises(ValueError, match="in parentheses, or no colon"):
+        flow.parse([line])
+
+
 def test_a_circle():
     with pytest.raises(ValueError, match="in a circle"):
         flow.parse(["a -> b -> a"])
