@@ -13,7 +13,7 @@ from flax import linen, nnx
 from refattn.frameworks import Target
 from refattn.frameworks._examples import attention_layer
 from refattn.frameworks.jax import ATTENTION as jax_attention
-from refattn.frameworks.jax import run
+from refattn.frameworks.jax import SUMS_AS_GIVEN, run
 from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, FLOAT16, OF_DTYPE
 from refattn.oracle.contract import Departure, NotHandled
 
@@ -277,12 +277,6 @@ SOFTMAX_AS_GIVEN = {
     name: ARITHMETICS[OF_DTYPE[name]]._replace(name=f"{name}, softmax too", softmax=form, exp_error=1.01 * form.u)
     for name, form in LOW.items()
 }
-# The gradient of what was broadcast (a bias) is a sum that XLA's CPU code stores as bfloat16 or float16 after every
-# addition, in parts of 32 (the HLO of lax.reduce_sum; jnp.sum widens, autodiff does not).
-SUMS_AS_GIVEN = {
-    name: ARITHMETICS[OF_DTYPE[name]]._replace(name=f"{name}, sums too", accumulator=form) for name, form in LOW.items()
-}
-
 TARGETS = (
     Target(
         "linen.dot_product_attention",

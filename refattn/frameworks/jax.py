@@ -12,7 +12,7 @@ import numpy as np
 
 from refattn.core import leaves, tree_map
 from refattn.frameworks import Target
-from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, FLOAT32
+from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, FLOAT16, FLOAT32, OF_DTYPE
 from refattn.oracle.contract import NotHandled
 
 VERSION = jax.__version__
@@ -127,11 +127,19 @@ ATTENTION = {
     "float32": "jax_cpu_float32",
     "bfloat16": ARITHMETICS["jax_cpu_bfloat16"]._replace(name="jax_cpu_bfloat16, lse too", lse=BFLOAT16),
 }
+EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
+
+# The gradient of what was broadcast (a bias, a row's logarithm) is a sum that XLA's CPU code stores as bfloat16 or
+# float16 after every addition, in parts of 32 (the HLO of lax.reduce_sum; jnp.sum widens, autodiff does not).
+SUMS_AS_GIVEN = {
+    name: ARITHMETICS[OF_DTYPE[name]]._replace(name=f"{name}, sums too", accumulator=form)
+    for name, form in (("bfloat16", BFLOAT16), ("float16", FLOAT16))
+}
 
 TARGETS = (
-    Target("softmax", "softmax", softmax),
-    Target("log_softmax", "log_softmax", log_softmax),
-    Target("logsumexp", "logsumexp", logsumexp),
+    Target("softmax", "softmax", softmax, dtypes=EVERY_DTYPE),
+    Target("log_softmax", "log_softmax", log_softmax, dtypes=EVERY_DTYPE, arithmetic=SUMS_AS_GIVEN),
+    Target("logsumexp", "logsumexp", logsumexp, dtypes=EVERY_DTYPE),
     Target(
         "nn.dot_product_attention",
         "dot_product_attention",
