@@ -17,16 +17,14 @@ import dataclasses
 import difflib
 import io
 import math
-import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
 
 import numpy as np
 
-from refattn import attention, masks
+from refattn import attention, masks, report
 from refattn.core import expect, leaves, tree_map
 from refattn.oracle.html import THEMES
 from refattn.registry import everything, find
@@ -607,16 +605,7 @@ def save(figure, path, dpi=144):
 
 def write_whole(path, content):
     """Write bytes to a file, whole or not at all."""
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, "wb") as file:
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        report.write_bytes(path, content)
     except OSError as error:
-        if temporary is not None:
-            os.unlink(temporary)
         raise OSError(f"cannot write {path}: {error.strerror}") from None
