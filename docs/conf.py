@@ -23,6 +23,7 @@ extensions = ["myst_parser", "sphinx.ext.viewcode", "flow"]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+locale_dirs, gettext_compact, gettext_location = ["locale"], False, False  # a catalogue a page, without line numbers
 html_theme = "furo"
 html_title = f"refattn {release}"
 html_copy_source = False
