@@ -71,8 +71,6 @@ def mixed(rng, heads, features, base=10.0):
 
 class Saved(NamedTuple):
     rotary: rotary.Saved  # of all items and heads, one after the other
-    cos: Shaped[Array, "B H T F"]
-    sin: Shaped[Array, "B H T F"]
     coordinates: Shaped[Array, "B T A"]
 
 
@@ -88,15 +86,15 @@ def forward(
     expect(pairs <= most, f"{where} frequencies.shape", frequencies.shape, f"F of at most {most}, the pairs of x")
     expect(pairing in rotary.PAIRINGS, f"{where} pairing", pairing, f"one of {', '.join(rotary.PAIRINGS)}")
     angles = np.einsum("bta,ahf->bhtf", coordinates, frequencies)
-    cos, sin = np.cos(angles), np.sin(angles)
-    y, saved = rotary.forward(*(_one_by_one(t) for t in (x, cos, sin)), pairing=pairing)
-    return y.reshape(x.shape), Saved(saved, cos, sin, coordinates)
+    y, saved = rotary.forward(*(_one_by_one(t) for t in (x, np.cos(angles), np.sin(angles))), pairing=pairing)
+    return y.reshape(x.shape), Saved(saved, coordinates)
 
 
 @shaped
 def backward(dy: Shaped[Array, "B H T D"], saved: Saved) -> tuple[Shaped[Array, "B H T D"], Shaped[Array, "A H F"]]:
     dx, dcos, dsin = rotary.backward(_one_by_one(dy), saved.rotary)
-    dangles = saved.cos * dsin.reshape(saved.sin.shape) - saved.sin * dcos.reshape(saved.cos.shape)
+    dangles = saved.rotary.cos * dsin - saved.rotary.sin * dcos
+    dangles = dangles.reshape(*dy.shape[:3], dangles.shape[-1])
     return dx.reshape(dy.shape), np.einsum("bta,bhtf->ahf", saved.coordinates, dangles)
 
 

@@ -1,6 +1,6 @@
 r"""Extrapolatable position embedding (xPos).
 
-Rotary position embedding that also makes queries larger with their position and keys smaller: their dot product
+Rotary position embedding that also makes queries smaller with their position and keys larger: their dot product
 decays as they stand further apart, the faster the pair of features turns.
 
 Paper: Sun et al., "A Length-Extrapolatable Transformer", ACL 2023 (arXiv:2212.10554), algorithm 1.
