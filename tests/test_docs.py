@@ -12,7 +12,7 @@ import refattn
 from refattn.registry import everything
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = {"mechanisms", "primitives"}  # source listings, which run elsewhere
 DERIVATIONS = ROOT / "docs" / "derivations"
 FINDINGS = ROOT / "docs" / "findings"  # whose scripts tests/test_findings.py runs
