@@ -52,7 +52,7 @@ def messages(page):
             found.append(FORMULA.match(block.strip())[1].strip("\n"))
         elif block.strip().startswith("|"):
             cells = (cell.strip() for line in lines for cell in line.strip("|").split("|"))
-            found += [cell for cell in cells if set(cell) - {"-"}]
+            found += [cell for cell in cells if set(cell) - set("-:")]
         else:
             parts = re.split(r"^(?:#+|\*) ", "\n".join(lines), flags=re.M)
             found += [" ".join(part.split()) for part in parts if part.strip()]
