@@ -1,7 +1,9 @@
 """Every python fence of the README and the docs runs, and so does every doctest of the package."""
 
+import argparse
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -9,6 +11,11 @@ from pathlib import Path
 import pytest
 
 import refattn
+from refattn.__main__ import _parser
+from refattn.oracle.behaviour import LAWS
+from refattn.oracle.inputs import CHANGES, FAMILIES
+from refattn.oracle.laws import DECLARED, UNIVERSAL
+from refattn.oracle.mistakes import MISTAKES
 from refattn.registry import everything
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,3 +102,72 @@ def test_a_derivation_page_that_lacks_something():
 
 def test_every_derivation_page_is_of_something():
     assert {page.stem for page in DERIVATIONS.glob("*.md")} - {"index"} <= set(everything())
+
+
+# --- everything is documented --------------------------------------------------------------------------------
+
+
+def undocumented_options(mechanisms, glossary):
+    """(mechanism, option) that neither the mechanism's docstring nor the page of options tells about."""
+    told = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^(`.*`)\n: ", glossary, re.M))))
+    missing = []
+    for m in mechanisms:
+        options = [p.name for p in inspect.signature(m.forward).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        own = set(re.findall(r"\w+", m.module.__doc__))
+        missing += [(m.name, option) for option in options if option not in told | own]
+    return missing
+
+
+def test_every_option_is_documented():
+    glossary = (ROOT / "docs/reference/options.md").read_text()
+    assert undocumented_options(everything().values(), glossary) == []
+    assert ("simam", "lam") in undocumented_options(everything().values(), glossary.replace("`lam`", "`lamb`"))
+
+
+def test_no_option_is_documented_that_is_not_there():
+    glossary = (ROOT / "docs/reference/options.md").read_text()
+    known = {name for m in everything().values() for name in inspect.signature(m.forward).parameters}
+    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^(`.*`)\n: ", glossary, re.M))))
+    assert named <= known, named - known
+
+
+def undocumented_commands(parser, text, path=("refattn",)):
+    """What the page of the command line does not mention."""
+    missing = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                missing += [] if " ".join([*path, name]) in text else [" ".join([*path, name])]
+                missing += undocumented_commands(command, text, (*path, name))
+        unknown = set(action.option_strings) - {"-h", "--help"} - set(re.findall(r"--[\w-]+", text))
+        missing += [f"{' '.join(path)} {option}" for option in sorted(unknown)]
+    return missing
+
+
+def test_every_command_is_documented():
+    text = (ROOT / "docs/reference/cli.md").read_text()
+    assert undocumented_commands(_parser(), text) == []
+    assert undocumented_commands(_parser(), text.replace("--resume", "")) == ["refattn check --resume"]
+
+
+def test_every_law_family_and_mistake_has_a_sentence():
+    for law in (*UNIVERSAL, *DECLARED.values(), *LAWS):
+        assert law.__doc__ and law.__doc__.strip().endswith("."), law.__name__
+    for name, about in (*FAMILIES.items(), *CHANGES.items()):
+        assert about.words.strip(), name
+    assert all(m.words.strip() for m in MISTAKES)
+
+
+def test_every_page_is_in_a_table_of_contents():
+    entries = set()
+    for page in [p for p in PAGES if p.is_relative_to(ROOT / "docs")]:
+        for fence in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(), re.M | re.S):
+            lines = [line for line in fence.splitlines() if line and not line.startswith(":")]
+            entries |= {(page.parent / line).with_suffix(".md") for line in lines if "*" not in line}
+    generated = {ROOT / "docs" / "findings", ROOT / "docs" / "derivations"}  # whose index is made from the folder
+    pages = {p for p in PAGES if p.is_relative_to(ROOT / "docs") and p.parent.name not in GENERATED}
+    lost = {p for p in pages - entries if p.parent not in generated and p.name not in ("index.md", *OWN_PAGES)}
+    assert not lost, f"in no toctree: {sorted(p.name for p in lost)}"
+
+
+OWN_PAGES = "catalogue.md", "laws.md", "judge.md", "conformance.md"  # generated, and in the index by name
