@@ -65,7 +65,8 @@ def _dtype(x):
 
 
 def _refuse_bias_sum(bias, tokens):
-    if BACKEND == "tensorflow" and bias is not None and _dtype(bias) == "bfloat16" and tokens > 16:
+    """A sum of two is rounded once, as it should be; of three, on the way."""
+    if BACKEND == "tensorflow" and bias is not None and _dtype(bias) == "bfloat16" and tokens > 2:
         raise Departure("tensorflow-16-bit-sums", "tensorflow 2.21 sums the gradient of a bias in bfloat16")
 
 
@@ -435,9 +436,11 @@ def group_norm(x, params=None, *, groups, eps):
 
 
 def batch_norm_train(x, params=None, *, eps=1e-5):
-    if BACKEND == "torch" and _dtype(x) == "float32":
-        numbers = np.moveaxis(np.asarray(x.detach()), 1, 0).reshape(x.shape[1], -1)
-        if (np.abs(numbers.mean(axis=1)) > numbers.std(axis=1)).any():
+    if BACKEND == "torch":
+        numbers = np.moveaxis(x.detach().double().numpy(), 1, 0).reshape(x.shape[1], -1)
+        # The variance is off by about 2^-24 mean^2, which counts where it is more than the rounding of what is stored.
+        often = {"float32": 1, "bfloat16": 2**16, "float16": 2**13}[_dtype(x)]
+        if (numbers.mean(axis=1) ** 2 > often * numbers.var(axis=1)).any():
             raise Departure("keras-torch-batch-norm-variance", "a large mean: keras 3.15.1 subtracts squares")
     return _batch_norm(x, params, None, eps=eps)
 
@@ -499,6 +502,7 @@ def lstm_cell(x, state, params):
 
 
 def _kind(layer, params, x, **options):
+    _refuse_bias_sum(next(iter(_present(*params[2:])), None), x.shape[0])
     return layer(params.w_h.shape[-1], use_bias=bool(_present(*params[2:])), dtype=_dtype(x), **options)
 
 
@@ -566,11 +570,14 @@ EVERY_DTYPE = ("float32", "bfloat16") if BACKEND == "jax" else ("float64", "floa
 # On torch Keras' rules of promotion make float32 of float64 in much of what it computes, whatever the layer's dtype
 # says: docs/findings/keras-float64.md.
 SINGLE = EVERY_DTYPE[1:] if BACKEND == "torch" else EVERY_DTYPE
-# Sums that torch and TensorFlow keep in 16 bits: docs/findings/torch-16-bit-sums.md, tensorflow-16-bit-sums.md.
+# Sums that are rounded to 16 bits after every term: sums of 600 random terms are off by up to 130 units in the last
+# place, while the others are rounded once. On every backend the gradients of Embedding and MaxPooling are such sums; on
+# torch that of AveragePooling, on JAX its output, too, and on TensorFlow both, but in float16 only.
 SUMS = {
     eager.out.name: eager._replace(name=f"{eager.name}, sums too", accumulator=eager.out)
     for eager in (ARITHMETICS["bf16_eager"], ARITHMETICS["f16_eager"])
 }
+AVERAGES = {"float16": SUMS["float16"]} if BACKEND == "tensorflow" else SUMS
 LAYERS = (
     ("layers.MultiHeadAttention, scores", "multi_head", multi_head_attention_scores, multi_head_example, EVERY_DTYPE),
     (
@@ -593,7 +600,7 @@ LAYERS = (
     ("layers.GroupNormalization", "group_norm", group_norm, None, SINGLE),
     ("layers.RMSNormalization", "rms_norm", rms_norm, None, SINGLE),
     ("layers.MaxPooling1D, 2D, 3D", "max_pool", max_pool, max_pool_example, EVERY_DTYPE, SUMS),
-    ("layers.AveragePooling1D, 2D, 3D", "average_pool", average_pool, average_pool_example, EVERY_DTYPE, SUMS),
+    ("layers.AveragePooling1D, 2D, 3D", "average_pool", average_pool, average_pool_example, EVERY_DTYPE, AVERAGES),
     ("layers.Embedding", "embedding", embedding, None, EVERY_DTYPE, SUMS),
     ("layers.Softmax", "softmax", softmax, None, EVERY_DTYPE),
     ("ops.log_softmax", "log_softmax", log_softmax, None, EVERY_DTYPE),
