@@ -1,11 +1,14 @@
-"""MLX next to the reference: every target conforms, a fault planted in one is noticed, and what departs is known."""
+"""MLX next to the reference: some targets conform, a fault planted in one is noticed, and what departs is known.
+
+Every target in every dtype is what `refattn check all` does.
+"""
 
 import numpy as np
 import pytest
 
 from refattn import frameworks
 from refattn.oracle.check import check
-from tests.test_frameworks import in_every_dtype, judged
+from tests.test_frameworks import judged
 
 pytestmark = pytest.mark.frameworks
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'refattn[mlx]'")
@@ -16,20 +19,36 @@ def target(name):
 
 
 def test_it_is_available():
-    status = frameworks.available()["mlx"]
-    assert (status.version, status.reason) == (mx.__version__, "")
+    assert frameworks.status("mlx")[:2] == (mx.__version__, "")
 
 
-@pytest.mark.parametrize(("target", "dtype"), in_every_dtype("mlx"))
-def test_it_conforms(target, dtype):
-    report = judged(target, "mlx", dtype, max_examples=8 * target.times, seed=1)
-    assert report.ok and report.examples == 8 * target.times and report.gradients == "judged", str(report)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("fast.scaled_dot_product_attention", "bfloat16"),
+        ("nn.MultiHeadAttention", "float64"),
+        ("nn.AvgPool", "float16"),
+    ],
+)
+def test_it_conforms(name, dtype):
+    report = judged(target(name), "mlx", dtype, max_examples=8, seed=1)
+    assert report.ok and report.examples == 8 and report.gradients == "judged", str(report)
 
 
-@pytest.mark.parametrize(("target", "dtype"), in_every_dtype("mlx"))
-def test_a_planted_fault_is_noticed(target, dtype):
-    """One element of the first output is off by a thousandth (in low precision, a half), and so are its gradients."""
-    right, factor = target.function, 1.001 if dtype in ("float64", "float32") else 1.5
+@pytest.mark.parametrize(
+    ("name", "dtype", "factor"),
+    [
+        ("fast.scaled_dot_product_attention", "float32", 1.001),
+        ("fast.scaled_dot_product_attention", "bfloat16", 1.1),
+        ("nn.RNN, nn.GRU, nn.LSTM", "float64", 1.001),
+        ("conv_general", "float32", 1.001),
+        ("fast.rms_norm", "float16", 1.5),
+        ("nn.AvgPool", "float16", 1.5),
+    ],
+)
+def test_a_planted_fault_is_noticed(name, dtype, factor):
+    """The largest element of the first output is off, and so are its gradients."""
+    right = target(name).function
 
     def faulty(*args, **options):
         result = right(*args, **options)
@@ -39,7 +58,7 @@ def test_a_planted_fault_is_noticed(target, dtype):
         first = first * mx.array(one).astype(first.dtype)
         return (first, *rest) if rest else first
 
-    report = judged(target, "mlx", dtype, as_if(faulty, right), max_examples=6, seed=1)
+    report = judged(target(name), "mlx", dtype, as_if(faulty, right), max_examples=4, seed=1)
     wrong = [name for name, v in report.verdicts.items() if not v.conforms]
     assert any(name[0] == "d" for name in wrong) and any(name[0] != "d" for name in wrong), str(report)
 
@@ -55,7 +74,31 @@ def test_rows_without_keys_and_poison():
     report = judged(sdpa, "mlx", "float32", families=families, max_examples=12, seed=1)
     assert report.ok and set(report.families) == set(families), str(report)
     report = judged(sdpa._replace(convention=None), "mlx", "float32", families="empty_rows", max_examples=4)
-    assert not report.ok, str(report)  # zero, where no convention is asked for
+    wrong = {name for name, v in report.verdicts.items() if not v.conforms}
+    assert wrong == {"out", "dv"}, str(report)  # zero, where no convention is asked for; here it is the mean of v
+    smallest = report.smallest
+    assert not smallest.call.options["attn_mask"].any() and not smallest.expected["out"].any()
+    v = smallest.call.args[2]
+    assert np.allclose(smallest.got["out"], v.mean(axis=2, keepdims=True)) and v.any()
+
+
+@pytest.mark.parametrize(("dtype", "odd"), [("bfloat16", 2**8 + 1), ("float16", 2**11 + 1)])
+def test_in_what_gradients_that_meet_are_summed(dtype, odd):
+    """The smallest number that its dtype has not: adding ones, one after the other, does not get there."""
+    from refattn.frameworks.mlx import DTYPES, SCATTERED
+
+    kind = DTYPES[dtype]
+    with mx.stream(mx.cpu):
+        ids = mx.zeros(2 * odd, mx.int32)
+        embed = target("nn.Embedding").function
+        _, (met,) = mx.vjp(lambda table: embed(table, ids=ids), [mx.zeros((1, 1), kind)], [mx.ones((2 * odd, 1), kind)])
+        assert met.item() == odd - 1
+        pool, windows = target("nn.MaxPool").function, {"kernel": (2 * odd,), "stride": 1, "padding": (0,)}
+        x = mx.zeros((1, 1, 4 * odd - 1), kind)
+        x[..., 2 * odd - 1] = 1  # which all windows have
+        (y,), (most,) = mx.vjp(lambda x: pool(x, **windows), [x], [mx.ones((1, 1, 2 * odd), kind)])
+        assert y.shape == (1, 1, 2 * odd) and most.max().item() == odd - 1
+    assert SCATTERED[dtype].accumulator.name == dtype
 
 
 def test_what_comes_back():

@@ -130,7 +130,8 @@ ATTENTION = {
 EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
 
 # The gradient of what was broadcast (a bias, a row's logarithm) is a sum that XLA's CPU code stores as bfloat16 or
-# float16 after every addition, in parts of 32 (the HLO of lax.reduce_sum; jnp.sum widens, autodiff does not).
+# float16 after every addition, in parts of 32: 256 and 15 ones are 256 in bfloat16, 2048 and 15 ones are 2048 in
+# float16 (tests/test_jax_flax.py; jnp.sum widens, autodiff does not).
 SUMS_AS_GIVEN = {
     name: ARITHMETICS[OF_DTYPE[name]]._replace(name=f"{name}, sums too", accumulator=form)
     for name, form in (("bfloat16", BFLOAT16), ("float16", FLOAT16))

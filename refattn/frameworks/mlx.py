@@ -246,7 +246,8 @@ WIDE = ARITHMETICS["float64"]._replace(
 )
 NORM = {"float64": WIDE._replace(name="float64, all of float32 inside", accumulator=FLOAT32)}
 EXP = {"float64": WIDE, "float32": ARITHMETICS["float32"]._replace(name="float32, flush", flush=True)}
-# What is scattered is added in its own format; so are the gradients of overlapping windows.
+# Gradients that meet (the rows of an embedding, overlapping windows) are added in their own format: of 514 ones in
+# bfloat16 256 are left, of 4098 in float16 2048 (tests/test_mlx.py).
 SCATTERED = {
     name: ARITHMETICS[OF_DTYPE[name]]._replace(name=f"{name}, sums too", accumulator=FORMATS[name])
     for name in ("bfloat16", "float16")
