@@ -1,4 +1,7 @@
-"""OpenVINO next to the reference: every target conforms, and a fault planted in one is noticed."""
+"""OpenVINO next to the reference: some targets conform, and a fault planted in any is noticed.
+
+Every target in every dtype is what `refattn check all` does.
+"""
 
 import numpy as np
 import pytest
@@ -11,25 +14,36 @@ openvino = pytest.importorskip("openvino", reason="openvino is not installed: pi
 
 
 def test_it_is_available():
-    status = frameworks.available()["openvino"]
-    assert (status.version, status.reason) == (openvino.__version__, "")
+    assert frameworks.status("openvino")[:2] == (openvino.__version__, "")
 
 
-@pytest.mark.parametrize(("target", "dtype"), in_every_dtype("openvino"))
-def test_it_conforms(target, dtype):
-    report = judged(target, "openvino", dtype, max_examples=4 * target.times, seed=1)
-    assert report.ok and report.examples == 4 * target.times and report.gradients == "not asked for", str(report)
+def target(name):
+    return next(t for t in frameworks.load("openvino").TARGETS if t.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("ScaledDotProductAttention", "bfloat16"), ("GRUCell", "float16"), ("Interpolate", "float32")],
+)
+def test_it_conforms(name, dtype):
+    report = judged(target(name), "openvino", dtype, max_examples=4, seed=1)
+    assert report.ok and report.examples == 4 and report.gradients == "not asked for", str(report)
 
 
 @pytest.mark.parametrize(("target", "dtype"), in_every_dtype("openvino"))
 def test_a_planted_fault_is_noticed(target, dtype):
-    """The largest element of the first output is off by a thousandth, in low precision by a half."""
+    """The largest element of the first output is off by a thousandth, in low precision by a tenth.
+
+    By a half in two cells in bfloat16, where every step may be rounded to 8 bits.
+    """
+    low = 1.5 if (target.name in ("RNNCell", "LSTMCell") and dtype == "bfloat16") else 1.1
+    factor = 1.001 if dtype == "float32" else low
 
     def faulty(*args, **options):
         result = right(*args, **options)
         first = result[0] if isinstance(result, tuple) else result
         one = abs(np.nan_to_num(first.astype(float))).argmax()
-        first.flat[one] = first.flat[one].astype(float) * (1.001 if dtype == "float32" else 1.5)
+        first.flat[one] = first.flat[one].astype(float) * factor
         return result
 
     right = target.function
@@ -39,9 +53,9 @@ def test_a_planted_fault_is_noticed(target, dtype):
 
 
 def test_rows_without_keys_and_poison():
-    target = frameworks.load("openvino").TARGETS[0]
+    sdpa = target("ScaledDotProductAttention")
     families = "empty_rows", "poisoned_values", "nan_query"
-    report = judged(target, "openvino", "float32", families=families, max_examples=9, seed=1)
+    report = judged(sdpa, "openvino", "float32", families=families, max_examples=9, seed=1)
     assert report.ok and set(report.families) == set(families), str(report)
-    report = judged(target._replace(convention=None), "openvino", "float32", families="empty_rows", max_examples=3)
+    report = judged(sdpa._replace(convention=None), "openvino", "float32", families="empty_rows", max_examples=3)
     assert not report.ok, str(report)  # zero, where no convention is asked for

@@ -1,4 +1,7 @@
-"""Paddle next to the reference: every target conforms, a fault planted in one is noticed, and what departs is known."""
+"""Paddle next to the reference: some targets conform, a fault planted in one is noticed, and what departs is known.
+
+Every target in every dtype is what `refattn check all` does.
+"""
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ from refattn import frameworks
 from refattn.oracle.check import check
 from refattn.oracle.contract import Departure
 from refattn.primitives import group_norm
-from tests.test_frameworks import in_every_dtype, judged
+from tests.test_frameworks import judged
 
 pytestmark = pytest.mark.frameworks
 paddle = pytest.importorskip("paddle", reason="paddle is not installed: pip install 'refattn[paddle]'")
@@ -18,18 +21,30 @@ def target(name):
 
 
 def test_it_is_available():
-    status = frameworks.available()["paddle"]
-    assert (status.version, status.reason) == (paddle.__version__, "")
+    assert frameworks.status("paddle")[:2] == (paddle.__version__, "")
 
 
-@pytest.mark.parametrize(("target", "dtype"), in_every_dtype("paddle"))
-def test_it_conforms(target, dtype):
-    report = judged(target, "paddle", dtype, max_examples=8 * target.times, seed=1)
-    assert report.ok and report.examples == 8 * target.times and report.gradients == "judged", str(report)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("scaled_dot_product_attention", "float32"), ("group_norm", "float64"), ("nn.LSTMCell", "float32")],
+)
+def test_it_conforms(name, dtype):
+    report = judged(target(name), "paddle", dtype, max_examples=8, seed=1)
+    assert report.ok and report.examples == 8 and report.gradients == "judged", str(report)
 
 
-@pytest.mark.parametrize(("target", "dtype"), in_every_dtype("paddle"))
-def test_a_planted_fault_is_noticed(target, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("scaled_dot_product_attention", "float64"),
+        ("nn.MultiHeadAttention", "float32"),
+        ("nn.LSTMCell", "float64"),
+        ("group_norm", "float32"),
+        ("avg_pool", "float64"),
+        ("interpolate, bilinear", "float32"),
+    ],
+)
+def test_a_planted_fault_is_noticed(name, dtype):
     """The largest element of the first output is off by a thousandth, and so are its gradients."""
 
     def faulty(*args, **options):
@@ -40,9 +55,9 @@ def test_a_planted_fault_is_noticed(target, dtype):
         first = first * paddle.to_tensor(factor)
         return (first, *rest) if rest else first
 
-    right = target.function
+    right = target(name).function
     faulty.__wrapped__ = right  # its signature is the other's
-    report = judged(target, "paddle", dtype, faulty, max_examples=6, seed=1)
+    report = judged(target(name), "paddle", dtype, faulty, max_examples=6, seed=1)
     wrong = [name for name, v in report.verdicts.items() if not v.conforms]
     assert any(name[0] == "d" for name in wrong) and any(name[0] != "d" for name in wrong), str(report)
 
