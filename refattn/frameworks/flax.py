@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from refattn.attention.dot_product import multi_head
+from refattn.core import Call
 from refattn.frameworks import Target
-from refattn.frameworks._examples import attention_layer
 from refattn.frameworks.jax import ATTENTION as jax_attention
 from refattn.frameworks.jax import SUMS_AS_GIVEN, run
 from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, FLOAT16, OF_DTYPE
@@ -63,6 +64,28 @@ def _nnx_attention(q, k, v, bias, mask, is_causal, kept):
     given = (_by_time(x) for x in (q, k, v))
     module = nnx.Module() if kept else None
     return _by_time(nnx.dot_product_attention(*given, bias, mask, module=module, is_causal=is_causal))
+
+
+# heads, features, those of keys and values, B, Q, K, bias, masked, padded, causal
+LAYERS = (
+    (1, 3, 3, 2, 4, 5, True, False, True, False),
+    (2, 4, 4, 1, 5, 3, False, True, False, True),
+    (3, 6, 2, 2, 3, 4, True, True, True, False),
+    (2, 2, 5, 3, 4, 4, True, False, False, True),
+)
+
+
+def attention_layer(draw):
+    """One of four layers, as every one takes seconds to compile; there is a key for every query."""
+    heads, e, f, b, queries, keys, bias, masked, padded, is_causal = draw.choice("layer", *LAYERS)
+    mask = draw.mask(b, heads, queries, keys) if masked else None
+    key_mask = draw.mask(b, keys) if padded else None
+    for some in (mask, key_mask):
+        if some is not None:
+            some[..., 0] = True
+    params = draw.like(multi_head.init(draw.rng, e, key_features=f, value_features=f, bias=bias))
+    arrays = (draw.array(*shape) for shape in ((b, queries, e), (b, keys, f), (b, keys, f)))
+    return Call((*arrays, params), {"heads": heads, "mask": mask, "key_mask": key_mask, "is_causal": is_causal})
 
 
 def linen_attention_layer(q, k, v, params, *, heads, mask=None, key_mask=None, is_causal=False):
