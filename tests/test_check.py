@@ -566,3 +566,21 @@ def test_a_convention_that_adds_a_finite_number_to_nan_has_nan(name):
         return np.where(np.isnan(y).any(), np.nan, y)
 
     assert not check(all_of_it, families="poisoned_keys", **options).ok
+
+
+@pytest.mark.parametrize("name", ["mlx", "flax"])
+def test_rows_without_keys_are_judged_where_the_lowest_number_is_their_logit(name):
+    assert PRESETS[name].mask_value == "lowest"
+
+    def follows(q, k, v, *, attn_mask=None):
+        options = {"attn_mask": attn_mask, "convention": PRESETS[name]}
+        return dot_product_attention.forward(q, k, v, **options)[0]
+
+    def doubles_them(q, k, v, *, attn_mask=None):
+        y = follows(q, k, v, attn_mask=attn_mask)
+        return y if attn_mask is None else np.where(attn_mask.any(axis=-1, keepdims=True), y, 2 * y)
+
+    options = {"convention": name, "families": "empty_rows", "gradients": False, "max_examples": 8}
+    assert check(follows, "dot_product_attention", **options).ok
+    report = check(doubles_them, "dot_product_attention", **options)
+    assert report.verdicts["out"].kind == "BUG", str(report)

@@ -26,6 +26,7 @@ from refattn.oracle.attention_part import chain, part_of, parts, pose
 from refattn.oracle.compare import Bound
 
 SLACK = {np.float32: 1.002, np.float64: 1 + 1e-9}  # for the rounding of the bound itself, by its dtype
+LOWEST = float(np.finfo(np.float32).min)
 GRADIENTS = "dq", "dk", "dv", "dattn_bias", "dsinks"
 TIERS = "worst", "stat"
 
@@ -43,10 +44,12 @@ def reference(call, dout=None):
 
 
 def exact(convention):
-    """A convention as mathematics: no softmax in float32; and a finite mask value replaces what it would swallow."""
+    """A convention as mathematics: no softmax in float32; a finite mask value replaces what it would swallow, and the
+    lowest number is that of float32, which is low enough for all and which all can hold."""
     convention = convention or Convention()
-    finite = convention.mask_value == "lowest" or np.isfinite(convention.mask_value)
-    return convention._replace(softmax_precision=None, **({"mask_op": "replace"} if finite else {}))
+    value = LOWEST if convention.mask_value == "lowest" else convention.mask_value
+    convention = convention._replace(softmax_precision=None, mask_value=value)
+    return convention._replace(mask_op="replace") if np.isfinite(value) else convention
 
 
 def attention_bounds(call, dout, arithmetic, tiers=TIERS, values=None):
