@@ -69,6 +69,7 @@ def _array(x):
 # --- the targets ----------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def softmax(s, *, mask=None, axis):
     if mask is not None:
         mask = jnp.broadcast_to(mask, s.shape)
@@ -79,6 +80,7 @@ def log_softmax(s, *, axis):
     return jax.nn.log_softmax(s, axis)
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "keepdims"))
 def logsumexp(s, *, mask=None, axis, keepdims):
     if mask is not None:
         mask = jnp.broadcast_to(mask, s.shape)
