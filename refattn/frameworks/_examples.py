@@ -35,7 +35,7 @@ def recurrent_layer(draw):
 def bilinear_resize(draw):
     """Steps of a power of two: their positions are exact in float32, where most frameworks compute them."""
     align_corners, grows = draw.choice("align_corners", True, False), draw.choice("grows", True, False)
-    few = [draw.size(axis, low=2) for axis in "HW"]
+    few = [draw.size(axis) for axis in "HW"]
     factors = [draw.choice("factor", 1, 2, 4) for _ in few]
     many = [(n - 1) * f + 1 if align_corners else n * f for n, f in zip(few, factors)]
     before, after = (few, many) if grows else (many, few)

@@ -445,19 +445,6 @@ def bilinear_resize(load, x, *, size, align_corners):
     return node(load, "Resize", inputs, opset=19, mode="linear", coordinate_transformation_mode=mode)[0]
 
 
-def bilinear_example(draw):
-    """Steps of a power of two, whose positions are exact: attributes and scales of ONNX are of float32."""
-    align_corners, grow = draw.choice("align_corners", True, False), draw.choice("grow", True, False)
-    before, after = [], []
-    for axis in "HW":
-        few, factor = draw.size(axis), draw.choice("factor", 1, 2, 4)
-        many = (few - 1) * factor + 1 if align_corners else few * factor
-        before.append(few if grow else many)
-        after.append(many if grow else few)
-    options = {"size": tuple(after), "align_corners": align_corners}
-    return Call((draw.array(draw.size("N", high=2), draw.size("C", high=2), *before),), options)
-
-
 # --- recurrent layers -----------------------------------------------------------------------------------------
 
 GATES = {  # operator, and which of our gates are its gates

@@ -21,6 +21,7 @@ from refattn.attention.dot_product import dot_product_attention, rotary
 from refattn.attention.dot_product.dot_product_attention import STAGES
 from refattn.frameworks import Target
 from refattn.frameworks import _onnx_nodes as nodes
+from refattn.frameworks._examples import bilinear_resize as bilinear_example
 from refattn.oracle.arithmetic import ARITHMETICS, FORMATS, OF_DTYPE
 from refattn.oracle.contract import Departure, NotHandled
 from refattn.oracle.conventions import PRESETS
@@ -313,7 +314,7 @@ TARGETS = (
         "Resize, linear",
         "bilinear_resize",
         _of_evaluator(nodes.bilinear_resize, _refuse_quotients),
-        example=nodes.bilinear_example,
+        example=bilinear_example,
     ),
     _target("RNN, GRU, LSTM", "recurrent", _of_evaluator(nodes.recurrent, _refuse_lengths)),
 )

@@ -14,6 +14,7 @@ from refattn.attention.dot_product import multi_head as multi_head_reference
 from refattn.core import Call, tree_map
 from refattn.frameworks import Target
 from refattn.frameworks import _onnx_nodes as nodes
+from refattn.frameworks._examples import bilinear_resize as bilinear_example
 from refattn.frameworks.onnx import run
 from refattn.oracle.contract import Departure, NotHandled
 from refattn.oracle.conventions import PRESETS
@@ -246,7 +247,7 @@ TARGETS = (
         "Resize, linear",
         "bilinear_resize",
         _of_session(nodes.bilinear_resize),
-        example=nodes.bilinear_example,
+        example=bilinear_example,
         **NARROW,
     ),
     _target("GRU, LSTM", "recurrent", gru_lstm, **NARROW),

@@ -17,6 +17,7 @@ from refattn.attention.dot_product import transformer_decoder_layer as decoder_l
 from refattn.attention.dot_product import transformer_encoder_layer as encoder_layer
 from refattn.core import Call, leaves, tree_map
 from refattn.frameworks import Target
+from refattn.frameworks._examples import bilinear_resize as bilinear_example
 from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.contract import Departure, NotHandled
 from refattn.primitives.gru_cell import Params as gru_cell_reference
@@ -190,19 +191,6 @@ def adaptive_max_pool(x, *, size):
 
 def bilinear_resize(x, *, size, align_corners):
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
-
-
-def bilinear_example(draw):
-    """Steps of a power of two, whose positions are exact: torch rounds the others, the reference has them exactly."""
-    align_corners, grow = draw.choice("align_corners", True, False), draw.choice("grow", True, False)
-    before, after = [], []
-    for axis in "HW":
-        few, factor = draw.size(axis), draw.choice("factor", 1, 2, 4)
-        many = (few - 1) * factor + 1 if align_corners else few * factor
-        before.append(few if grow else many)
-        after.append(many if grow else few)
-    options = {"size": tuple(after), "align_corners": align_corners}
-    return Call((draw.array(draw.size("N", high=2), draw.size("C", high=2), *before),), options)
 
 
 def embedding(table, *, ids, padding_idx):
