@@ -6,6 +6,7 @@ Every framework has processes of its own: some cannot be in one with others. Wha
 import multiprocessing
 import os
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from itertools import groupby
@@ -174,12 +175,23 @@ def run(tasks, jobs, journal=None):
     return [outcomes[task] for task in tasks]
 
 
+def _begin_to_work():
+    """In a worker: Ctrl-C ends it at once, and so does the end of the process that it works for, however that came."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _run_apart(tasks, jobs, keep):
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # the processes are the threads
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of libraries that run threads
-    executor = ProcessPoolExecutor(jobs, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL))
+    executor = ProcessPoolExecutor(jobs, context, initializer=_begin_to_work)
     try:
         for future in as_completed([executor.submit(task.run) for task in tasks]):
             keep(future.result())

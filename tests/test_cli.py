@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -460,6 +461,32 @@ def test_interrupted(jobs):
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
     assert running.returncode == 130 and out == "" and err == "refattn: interrupted\n"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes are looked for in /proc")
+def test_workers_do_not_outlive_the_command():
+    command = ["-m", "refattn", "check", "recurrent", "conv", "--examples", "100000", "--jobs", "2"]
+    running = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(workers := _children(running.pid)) < 3 and time.monotonic() < deadline:  # the third minds semaphores
+        time.sleep(0.1)
+    time.sleep(3)  # to begin with their work
+    running.kill()
+    running.wait()
+    while (left := [pid for pid in workers if _runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 3 and not left
+
+
+def _children(parent):
+    return list(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are no such pipes on Windows")
