@@ -144,7 +144,19 @@ def batch_norm(x, params=None, *, stats=None, eps=1e-5):
     x = tf.transpose(x, (0, *range(2, len(x.shape)), 1))
     mean, variance = stats or tf.nn.moments(x, list(range(len(x.shape) - 1)))
     gamma, beta = params or (None, None)
+    _refuse_cancelling(x, mean, variance, beta, gamma, eps)
     return _channels_first(tf.nn.batch_normalization(x, mean, variance, beta, gamma, eps))
+
+
+def _refuse_cancelling(x, mean, variance, beta, gamma, eps):
+    x, mean, variance, beta, gamma = (
+        default if a is None else tf.cast(a, tf.float64).numpy()
+        for a, default in ((x, 0), (mean, 0), (variance, 0), (beta, 0), (gamma, 1))
+    )
+    by = gamma / np.sqrt(variance + eps)
+    centred = (x - mean) * by
+    if (np.abs(mean * by) > 2 * (np.abs(centred) + np.abs(centred + beta))).any():
+        raise Departure("tensorflow-batch-norm-cancels", "tensorflow 2.21 subtracts products, which nearly cancel here")
 
 
 def embedding(table, *, ids, padding_idx):
