@@ -12,14 +12,17 @@ import numpy as np
 from refattn.attention.dot_product import grouped_query_layer, multi_head
 from refattn.attention.temporal import additive as additive_reference
 from refattn.core import Call, leaves
+from refattn.draw import RandomDraw
 from refattn.frameworks import Target
 from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.contract import Departure, NotHandled
+from refattn.oracle.inputs import Stretched
 from refattn.primitives import average_pool as average_pool_reference
 from refattn.primitives import conv as conv_reference
+from refattn.primitives import gru_cell as gru_cell_reference
 from refattn.primitives import linear
 from refattn.primitives import max_pool as max_pool_reference
-from refattn.primitives.gru_cell import Params as gru_cell_reference
+from refattn.primitives import recurrent as recurrent_reference
 from refattn.primitives.lstm_cell import Params as lstm_cell_reference
 
 BACKEND = keras.backend.backend()
@@ -512,7 +515,7 @@ def _cell_weights(params, reset_after=False, z_weighs="old"):
         raise NotHandled("inputs that are projected already")
     if z_weighs != "old":
         raise NotHandled("an update gate that weighs the new state")
-    gru = isinstance(params, gru_cell_reference)
+    gru = isinstance(params, gru_cell_reference.Params)
 
     def beside(x, last):
         if x is not None and gru:
@@ -555,13 +558,28 @@ def _recurrent(x, state, params, *, direction, mask, padded, reset_after, z_weig
 
 
 def _scan(x, start, cell, *, reset_after, z_weighs, mask, **options):
-    kinds = {gru_cell_reference: keras.layers.GRU, lstm_cell_reference: keras.layers.LSTM}
+    kinds = {gru_cell_reference.Params: keras.layers.GRU, lstm_cell_reference: keras.layers.LSTM}
     kind = kinds.get(type(cell), keras.layers.SimpleRNN)
     if kind is keras.layers.GRU:
         options["reset_after"] = reset_after
     layer = _kind(kind, cell, x, return_sequences=True, return_state=True, **options)
     weights = _cell_weights(cell, reset_after, z_weighs)
     return _call(layer, [x.shape], weights, x, initial_state=start, mask=mask)
+
+
+class FewShapes:
+    """A draw whose sizes and choices are those of one of six calls, some of them stretched; its numbers are its own."""
+
+    def __init__(self, draw):
+        which = int(draw.rng.integers(6))
+        shapes = Stretched([which], which) if which % 3 else RandomDraw(which)
+        self.size, self.choice = shapes.size, shapes.choice
+        self.rng, self.array, self.mask, self.like = draw.rng, draw.array, draw.mask, draw.like
+
+
+def _of_few_shapes(example):
+    """On JAX, where a program of attention is compiled for every shape, which takes a second."""
+    return (lambda draw: example(FewShapes(draw))) if BACKEND == "jax" else example
 
 
 # On JAX every shape is compiled, which takes a second: there are two dtypes of it. And the fused product of float16 is
@@ -579,18 +597,24 @@ SUMS = {
 }
 AVERAGES = {"float16": SUMS["float16"]} if BACKEND == "tensorflow" else SUMS
 LAYERS = (
-    ("layers.MultiHeadAttention, scores", "multi_head", multi_head_attention_scores, multi_head_example, EVERY_DTYPE),
+    (
+        "layers.MultiHeadAttention, scores",
+        "multi_head",
+        multi_head_attention_scores,
+        _of_few_shapes(multi_head_example),
+        EVERY_DTYPE,
+    ),
     (
         "layers.GroupQueryAttention",
         "grouped_query_layer",
         grouped_query_attention,
-        grouped_query_example,
+        _of_few_shapes(grouped_query_example),
         EVERY_DTYPE,
     ),
-    ("layers.AdditiveAttention", "additive", additive_attention, additive_example, SINGLE),
-    ("layers.SimpleRNN, GRU, LSTM", "recurrent", recurrent, None, SINGLE),
+    ("layers.AdditiveAttention", "additive", additive_attention, _of_few_shapes(additive_example), SINGLE),
+    ("layers.SimpleRNN, GRU, LSTM", "recurrent", recurrent, _of_few_shapes(recurrent_reference.example), SINGLE),
     ("layers.SimpleRNNCell", "rnn_cell", rnn_cell, None, SINGLE),
-    ("layers.GRUCell", "gru_cell", gru_cell, None, SINGLE),
+    ("layers.GRUCell", "gru_cell", gru_cell, _of_few_shapes(gru_cell_reference.example), SINGLE),
     ("layers.LSTMCell", "lstm_cell", lstm_cell, None, SINGLE),
     ("layers.Dense", "linear", dense, None, SINGLE),
     ("layers.Conv1D, Conv2D, Conv3D", "conv", conv, conv_example, EVERY_DTYPE),
@@ -621,6 +645,12 @@ def targets(arithmetic, times=3):
             **attentions,
         ),
         Target("layers.Attention", function=attention, dtypes=SINGLE, convention="keras_attention", **attentions),
-        Target("layers.MultiHeadAttention", "multi_head", multi_head_attention, multi_head_example, dtypes=SINGLE),
+        Target(
+            "layers.MultiHeadAttention",
+            "multi_head",
+            multi_head_attention,
+            _of_few_shapes(multi_head_example),
+            dtypes=SINGLE,
+        ),
         *(Target(*row) for row in LAYERS),
     )
