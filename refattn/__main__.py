@@ -22,6 +22,7 @@ from refattn.registry import everything, find
 from refattn.shapes import spelled
 
 EXAMPLES = 8  # of each mechanism and each target, unless asked for otherwise
+OF_ALL = 4  # of each target, for the matrix, which has a thousand cells
 
 
 class BadUse(Exception):
@@ -271,7 +272,7 @@ def _check_known(arguments):
         if not status[name].version:
             raise BadUse(status[name].reason)
     wanted = [name for name, found in status.items() if found.version]
-    examples = arguments.examples or EXAMPLES
+    examples = arguments.examples or (OF_ALL if whole else EXAMPLES)
     tasks = [trials.Laws(m.name, examples, arguments.seed) for m in mechanisms]
     for name in wanted:
         tasks += trials.of_framework(name, status[name], examples, arguments.seed)

@@ -17,6 +17,7 @@ from refattn.frameworks.jax import ATTENTION as jax_attention
 from refattn.frameworks.jax import SUMS_AS_GIVEN, run
 from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, FLOAT16, OF_DTYPE
 from refattn.oracle.contract import Departure, NotHandled
+from refattn.oracle.conventions import PRESETS
 
 __all__ = ["TARGETS", "VERSION", "run"]
 VERSION = flax.__version__
@@ -314,7 +315,7 @@ TARGETS = (
         "dot_product_attention",
         linen_attention_wide,
         dtypes=tuple(LOW),
-        convention="flax",
+        convention=PRESETS["flax"]._replace(softmax_precision="float32"),
     ),
     Target(
         "nnx.dot_product_attention",
