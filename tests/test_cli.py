@@ -456,11 +456,16 @@ def test_as_a_module():
 def test_interrupted(jobs):
     command = ["-m", "refattn", "check", "recurrent", "conv", "--examples", "100000", "--jobs", str(jobs)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen([sys.executable, *command], **pipes)
+    running = subprocess.Popen([sys.executable, *command], **pipes, preexec_fn=_heed_ctrl_c)
     time.sleep(3)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
     assert running.returncode == 130 and out == "" and err == "refattn: interrupted\n"
+
+
+def _heed_ctrl_c():
+    """In the background of a shell it is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes are looked for in /proc")
