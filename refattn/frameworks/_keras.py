@@ -71,6 +71,8 @@ def _refuse_bias_sum(bias, tokens):
     """A sum of two is rounded once, as it should be; of three, on the way."""
     if BACKEND == "tensorflow" and bias is not None and _dtype(bias) == "bfloat16" and tokens > 2:
         raise Departure("tensorflow-16-bit-sums", "tensorflow 2.21 sums the gradient of a bias in bfloat16")
+    if BACKEND == "jax" and bias is not None and _dtype(bias) == "bfloat16" and tokens > 2:
+        raise Departure("jax-16-bit-sums", "jax 0.10.2 sums the gradient of a bias in bfloat16")
 
 
 # --- attention ------------------------------------------------------------------------------------------------
@@ -641,7 +643,7 @@ def targets(arithmetic, times=3):
             function=dot_product_attention,
             dtypes=SINGLE,
             arithmetic=arithmetic,
-            convention="keras_ops_torch" if BACKEND == "torch" else "keras_ops",
+            convention={"torch": "keras_ops_torch", "jax": "jax"}.get(BACKEND, "keras_ops"),
             **attentions,
         ),
         Target("layers.Attention", function=attention, dtypes=SINGLE, convention="keras_attention", **attentions),

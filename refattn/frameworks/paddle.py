@@ -245,7 +245,7 @@ FLOOR = {
     for name in ("float64", "float32")
 }
 
-# In the gradients of the pools 1 / n is a number of float32, also for float64.
+# In the gradients of the pools 1 / n is a number of float32, also for float64: the page paddle-float64.
 SHARES = {"float64": ARITHMETICS["float64"]._replace(name="float64, shares of float32", softmax=FLOAT32)}
 
 TARGETS = (

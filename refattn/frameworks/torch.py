@@ -366,6 +366,7 @@ def multi_head_attention_weights(q, k, v, params, *, heads, mask, key_mask, is_c
     return _multi_head(q, k, v, params, heads, add_zero_attn, masks | {"need_weights": True})
 
 
+# What is_causal does without a mask, which is nothing here, is on the page torch-mha-inference-causal; here it has one.
 def multi_head_attention_inference(q, k, v, params, *, heads, mask, key_mask, is_causal):
     """Without gradients and with an even number of heads it is another kernel, if it is self-attention."""
     masks = _multi_head_masks(q, k, heads, mask, key_mask, is_causal)
@@ -535,6 +536,7 @@ def decoder_example(draw):
 
 EVERY_DTYPE = "float64", "float32", "bfloat16", "float16"
 LOW = torch.bfloat16, torch.float16
+# What the fused kernel does in 16 bits is on two pages: torch-exp-of-zero-16bit and torch-bf16-running-sums.
 FUSED = {form: f"torch_cpu_{form}" for form in EVERY_DTYPE[1:]}
 # In 16 bits nobody told: one operation after the other, each result stored (OF_DTYPE). Of the others,
 # UPCAST is computed in float32 and rounded once. Products are oneDNN's or mkl's, with sums of float32;

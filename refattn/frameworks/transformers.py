@@ -333,6 +333,7 @@ def swin_v2_attention(q, k, v, params, *, window, pretrained, mask):
         raise NotHandled("windows of one row or column: 0 / 0, as in the authors' code")
     heads, features = q.shape[1], q.shape[-1]
     config = transformers.Swinv2Config()
+    # A mask is added twice: the page transformers-swinv2-mask-twice.
     module = swinv2.Swinv2SelfAttention(config, heads * features, heads, sizes, list(pretrained or (0, 0)))
     module.continuous_position_bias_mlp = nn.Sequential(
         nn.Linear(2, len(params.w1)), nn.ReLU(), nn.Linear(len(params.w1), heads, bias=False)
