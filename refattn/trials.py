@@ -80,7 +80,8 @@ class Discovery(NamedTuple):
     def run(self):
         target = next(t for t in frameworks.load(self.framework).TARGETS if t.name == self.name)
         dtype = next(dtype for dtype in ("float32", *target.dtypes) if dtype in target.dtypes)
-        found = discover(target.function, framework=self.framework, dtype=dtype, name=self.name)
+        wide = "float64" in target.dtypes
+        found = discover(target.function, framework=self.framework, dtype=dtype, wide=wide, name=self.name)
         asked = PRESETS.get(target.convention, target.convention)
         ok = asked is None or agrees(asked, {field: getattr(found.convention, field) for field in found.settled})
         word = "ok" if ok else "NOT WHAT WAS SAID"

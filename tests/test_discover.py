@@ -224,3 +224,18 @@ def test_the_command(tmp_path, capsys):
     assert "scale, if none is given             1: it does not scale" in out
     assert "as a preset: Convention(scale=1.0" in out and record["presets"] == []
     assert record["found"]["attn_mask"] == "True: the key takes part" and "scale" in record["settled"]
+
+
+def test_one_that_takes_a_mask_or_a_bias_is_asked_for_its_mask_value_without():
+    def candidate(q, k, v, attn_bias=None, *, attn_mask=None, scale=None):
+        if attn_bias is not None and attn_mask is not None:
+            raise NotHandled("a mask or a bias")
+        return following(PRESETS["jax"])(q, k, v, attn_bias, attn_mask=attn_mask, scale=scale)
+
+    assert discover(candidate).convention.mask_value == PRESETS["jax"].mask_value
+
+
+def test_one_without_float64_is_not_asked_in_what_its_softmax_is():
+    found = discover(following(PRESETS["jax"]), wide=False)
+    assert said(found)["the softmax of float64"] == "not offered: it takes no float64"
+    assert "softmax_precision" not in found.settled

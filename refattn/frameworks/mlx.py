@@ -13,6 +13,7 @@ from refattn.frameworks import Target
 from refattn.frameworks._examples import attention_layer, recurrent_layer
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT32, FORMATS, OF_DTYPE
 from refattn.oracle.contract import Departure, NotHandled
+from refattn.oracle.conventions import PRESETS
 from refattn.primitives import gru_cell, lstm_cell
 
 VERSION = mx.__version__
@@ -260,7 +261,7 @@ TARGETS = (
         dot_product_attention,
         dtypes=EVERY_DTYPE,
         arithmetic=EXP,
-        convention="mlx",
+        convention=PRESETS["mlx"]._replace(softmax_precision="float32"),
         times=3,
     ),
     Target("nn.MultiHeadAttention", "multi_head", multi_head_attention, attention_layer, EVERY_DTYPE, EXP),

@@ -76,8 +76,10 @@ class Discovery(NamedTuple):
         return about | {"settled": list(self.settled), "presets": list(self.presets)}
 
 
-def discover(candidate, *, framework=None, dtype="float32", name=None, progress=None):
+def discover(candidate, *, framework=None, dtype="float32", wide=True, name=None, progress=None):
     """The Discovery of a candidate, which is called like dot_product_attention: see refattn.oracle.contract.
+
+    `wide` says that it takes float64, too: then it is asked in what its softmax is.
 
     A question about an option that the candidate does not take, or a call that it does not handle, stays open; so does
     one that none of the known answers explains.
@@ -90,6 +92,9 @@ def discover(candidate, *, framework=None, dtype="float32", name=None, progress=
         if progress is not None:
             progress(about)
         missing = [option for option in needs if not asked.takes(option)]
+        if question is _precision and not wide:
+            found.append(Found(about, "not offered: it takes no float64", {}))
+            continue
         if missing:
             found.append(Found(about, f"not offered: it takes no {', '.join(missing)}", {}))
             continue
@@ -300,9 +305,18 @@ def _masked_values(asked):
 
 
 def _mask_value(asked):
+    if asked.takes("attn_bias"):
+        try:
+            return _mask_value_by(asked, True)
+        except contract.NotHandled:
+            pass  # some take a mask or a bias
+    return _mask_value_by(asked, False)
+
+
+def _mask_value_by(asked, by_bias):
     """The logit at which the only key that takes part, whose value is 1, no longer decides; the others have 2."""
     about, options = "the logit of a masked key", {"scale": 1.0} if asked.takes("scale") else {}
-    by_bias, scale = asked.takes("attn_bias"), 1.0 if options else asked.known.get("scale") or FEATURES**-0.5
+    scale = 1.0 if options else asked.known.get("scale") or FEATURES**-0.5
     q, k, v = (np.zeros((ITEMS, HEADS, n, FEATURES)) for n in (QUERIES, KEYS, KEYS))
     bias = np.zeros((ITEMS, HEADS, QUERIES, KEYS))
     v[:, :, :1], v[:, :, 1:] = 1, 2
