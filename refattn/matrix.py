@@ -10,7 +10,7 @@ from refattn.registry import find
 from refattn.trials import Discovery, Target
 
 DTYPES = "float64", "float32", "bfloat16", "float16"
-SIGNS = {"not offered": "·", "conforms": "✓", "departs": "✓ but", "not judged": "?", "differs": "✗"}
+SIGNS = {"not offered": "·", "conforms": "✓", "departs": "✓*", "not judged": "?", "differs": "✗"}
 STATES = tuple(SIGNS)  # from good to bad
 
 PAGE = """# Conformance
@@ -22,7 +22,7 @@ arithmetic of the framework.
 | sign | |
 |---|---|
 | ✓ | conforms in every example |
-| ✓ but | conforms, apart from calls of which [a page of findings](../findings/index.md) tells |
+| ✓* | conforms, apart from calls of which [a page of findings](../findings/index.md) tells |
 | ✗ | differs |
 | ? | not judged |
 | · | not offered |

@@ -81,7 +81,7 @@ def test_the_page():
     text = matrix.page(json.loads(json.dumps(content(outcomes()))))
     assert "| mlx | not here: mlx cannot be imported |" in text and "| torch | 2.13 |" in text
     assert "| [softmax](primitives/softmax.md) | ✓ ✓ · · | · · ✗ · |" in text
-    assert "| [dot_product_attention](mechanisms/dot_product_attention.md) | · ✓ but · · |  |" in text
+    assert "| [dot_product_attention](mechanisms/dot_product_attention.md) | · ✓* · · |  |" in text
     assert "departs, [torch-odd](../findings/torch-odd.md) | out 0.25 | ds 0.5, dparams nan |" in text
     assert "](primitives/softmax.md) | float32 | conforms | out 0.25 | no backward is given |" in text
     assert "* `softmax` is not asked for: odd (3 examples)" in text
