@@ -305,12 +305,12 @@ def _masked_values(asked):
 
 
 def _mask_value(asked):
-    if asked.takes("attn_bias"):
-        try:
-            return _mask_value_by(asked, True)
-        except contract.NotHandled:
-            pass  # some take a mask or a bias
-    return _mask_value_by(asked, False)
+    if not asked.takes("attn_bias"):
+        return _mask_value_by(asked, False)
+    try:
+        return _mask_value_by(asked, True)
+    except contract.NotHandled:  # it takes a mask or a bias, not both
+        return _mask_value_by(asked, False)
 
 
 def _mask_value_by(asked, by_bias):
