@@ -55,4 +55,5 @@ def python_for_the_browser(app, error):
 
 
 def setup(app):
+    app.connect("source-read", pictures.on_derivation_pages)
     app.connect("build-finished", python_for_the_browser)

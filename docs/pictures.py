@@ -21,6 +21,7 @@ from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, round_to
 from refattn.oracle.bounds import attention_bounds
 from refattn.registry import mechanisms
 
+PICTURE = "What it attends to, with parameters that were never trained, on what [the gallery](../gallery.md) looks at:"
 MASKS = (
     "causal()", "causal() & window(3, 0)", "window(2, 2)", "causal() & chunked(4)", "prefix(5)", "dilated(2, 3)",
     "causal() & (window(3, 0) | strided(4))", "document(lengths=(5, 4, 7)) & causal()", "neighbourhood(4, 4, 3)",
@@ -47,6 +48,16 @@ def draw(folder):
     _errors(folder)
     plot.write_whole(folder / "gallery.txt", _gallery(has_picture).encode())
     plot.write_whole(stamp, made_from.encode())
+
+
+def on_derivation_pages(app, docname, source):
+    """Put the picture of a mechanism, if it has one, at the end of the first section of its derivation page."""
+    folder, _, name = docname.rpartition("/")
+    here = Path(app.srcdir) / "drawn"
+    if folder == "derivations" and (here / f"{name}-light.png").exists():
+        model, heading, rest = source[0].partition("\n## Forward\n")
+        shown = "\n".join(_both(name, f"What {name} attends to", "../drawn"))
+        source[0] = f"{model}\n{PICTURE}\n\n{shown}{heading}{rest}"
 
 
 def _inputs():
@@ -93,11 +104,11 @@ def _gallery(has_picture):
     return "\n".join(lines)
 
 
-def _both(name, words):
+def _both(name, words, folder="drawn"):
     """A picture on a page, the light or the dark one."""
     for theme in THEMES:
         said = f":class: only-{theme}", f":alt: {words}", ":loading: lazy"  # nobody fetches those of the other theme
-        yield from (f"```{{image}} drawn/{name}-{theme}.png", *said, "```", "")
+        yield from (f"```{{image}} {folder}/{name}-{theme}.png", *said, "```", "")
 
 
 # --- single pictures: each computes what it needs once, and returns a function that draws it ---------------

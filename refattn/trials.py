@@ -53,19 +53,8 @@ class Target(NamedTuple):
         except ImportError as error:  # no ml_dtypes
             record = {"candidate": self.name, "dtype": self.dtype, "ok": True, "not_judged": str(error)}
             return Outcome(self, True, (self.name, target.like, self.dtype, "", "not judged: no ml_dtypes"), "", record)
-        result = check(
-            target.function,
-            target.like,
-            framework=self.framework,
-            dtype=self.dtype,
-            arithmetic=target.arithmetic.get(self.dtype),
-            convention=target.convention,
-            gradients=target.gradients,
-            example=target.example,
-            max_examples=self.examples * target.times,
-            seed=self.seed,
-            name=self.name,
-        )
+        many = self.examples * target.times
+        result = judged(target, self.framework, self.dtype, max_examples=many, seed=self.seed)
         word = ", ".join(["ok" if result.ok else "DIFFERS", *_passed_over(result)])
         row = self.name, target.like, self.dtype, _worst(result), word
         return Outcome(self, result.ok, row, str(result), result.as_dict())
@@ -128,6 +117,13 @@ class Outcome(NamedTuple):
     row: tuple
     text: str
     record: dict
+
+
+def judged(target, framework, dtype, function=None, **options):
+    """`check` of a framework's target, as its row says; or of another function in its place."""
+    known = {name: getattr(target, name) for name in ("convention", "gradients", "example", "device", "name")}
+    known |= {"framework": framework, "dtype": dtype, "arithmetic": target.arithmetic.get(dtype)}
+    return check(function or target.function, target.like, **known | options)
 
 
 def of_framework(name, status, examples, seed):

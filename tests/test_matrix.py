@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from refattn import frameworks, matrix, trials
@@ -123,6 +124,14 @@ def test_a_convention_that_is_not_what_was_said():
     assert trials.Discovery("torch", target.name).run().ok
 
 
-def test_a_version_is_in_every_report():
-    report = check(lambda s, *, axis: find("softmax").forward(s, axis=axis)[0], "softmax", max_examples=1)
-    assert report.framework == "numpy" and report.as_dict()["version"]
+def test_version_and_device_are_in_every_report():
+    def forward(s, *, axis):
+        return find("softmax").forward(s, axis=axis)[0]
+
+    report = check(forward, "softmax", max_examples=1)
+    assert (report.framework, report.version, report.device) == ("numpy", np.__version__, "cpu")
+    target = frameworks.Target("softmax", "softmax", forward, gradients=False, device="abacus")
+    elsewhere = trials.judged(target, None, "float32", max_examples=1).as_dict()
+    assert elsewhere["device"] == "abacus" and elsewhere["version"] == np.__version__
+    named = report._replace(framework="torch", version="2.13.0", device="cuda")
+    assert "  with torch 2.13.0 on cuda" in str(named).splitlines()

@@ -8,14 +8,11 @@ import pytest
 
 from refattn import frameworks
 from refattn.oracle.check import check
-from tests.test_frameworks import judged
+from refattn.trials import judged
+from tests.foreign import target, with_one_off, wrong
 
 pytestmark = pytest.mark.frameworks
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'refattn[mlx]'")
-
-
-def target(name):
-    return next(t for t in frameworks.load("mlx").TARGETS if t.name == name)
 
 
 def test_it_is_available():
@@ -31,7 +28,7 @@ def test_it_is_available():
     ],
 )
 def test_it_conforms(name, dtype):
-    report = judged(target(name), "mlx", dtype, max_examples=8, seed=1)
+    report = judged(target("mlx", name), "mlx", dtype, max_examples=8, seed=1)
     assert report.ok and report.examples == 8 and report.gradients == "judged", str(report)
 
 
@@ -48,34 +45,24 @@ def test_it_conforms(name, dtype):
 )
 def test_a_planted_fault_is_noticed(name, dtype, factor):
     """The largest element of the first output is off, and so are its gradients."""
-    right = target(name).function
 
-    def faulty(*args, **options):
-        result = right(*args, **options)
-        first, *rest = result if isinstance(result, tuple) else (result,)
-        one = np.ones(first.shape)
-        one.flat[abs(np.array(first.astype(mx.float32))).argmax()] = factor
-        first = first * mx.array(one).astype(first.dtype)
-        return (first, *rest) if rest else first
+    def spoil(y):
+        one = np.ones(y.shape)
+        one.flat[abs(np.array(y.astype(mx.float32))).argmax()] = factor
+        return y * mx.array(one).astype(y.dtype)
 
-    report = judged(target(name), "mlx", dtype, as_if(faulty, right), max_examples=4, seed=1)
-    wrong = [name for name, v in report.verdicts.items() if not v.conforms]
-    assert any(name[0] == "d" for name in wrong) and any(name[0] != "d" for name in wrong), str(report)
-
-
-def as_if(function, right):
-    function.__wrapped__ = right  # its signature is the other's
-    return function
+    faulty = with_one_off(target("mlx", name).function, spoil)
+    report = judged(target("mlx", name), "mlx", dtype, faulty, max_examples=4, seed=1)
+    assert all(wrong(report)), str(report)
 
 
 def test_rows_without_keys_and_poison():
     families = "empty_rows", "poisoned_keys", "nan_query"
-    sdpa = target("fast.scaled_dot_product_attention")
+    sdpa = target("mlx", "fast.scaled_dot_product_attention")
     report = judged(sdpa, "mlx", "float32", families=families, max_examples=12, seed=1)
     assert report.ok and set(report.families) == set(families), str(report)
     report = judged(sdpa._replace(convention=None), "mlx", "float32", families="empty_rows", max_examples=4)
-    wrong = {name for name, v in report.verdicts.items() if not v.conforms}
-    assert wrong == {"out", "dv"}, str(report)  # zero, where no convention is asked for; here it is the mean of v
+    assert wrong(report) == ({"out"}, {"dv"}), str(report)  # zero, if no convention is asked for; here the mean of v
     smallest = report.smallest
     assert not smallest.call.options["attn_mask"].any() and not smallest.expected["out"].any()
     v = smallest.call.args[2]
@@ -90,10 +77,10 @@ def test_in_what_gradients_that_meet_are_summed(dtype, odd):
     kind = DTYPES[dtype]
     with mx.stream(mx.cpu):
         ids = mx.zeros(2 * odd, mx.int32)
-        embed = target("nn.Embedding").function
+        embed = target("mlx", "nn.Embedding").function
         _, (met,) = mx.vjp(lambda table: embed(table, ids=ids), [mx.zeros((1, 1), kind)], [mx.ones((2 * odd, 1), kind)])
         assert met.item() == odd - 1
-        pool, windows = target("nn.MaxPool").function, {"kernel": (2 * odd,), "stride": 1, "padding": (0,)}
+        pool, windows = target("mlx", "nn.MaxPool").function, {"kernel": (2 * odd,), "stride": 1, "padding": (0,)}
         x = mx.zeros((1, 1, 4 * odd - 1), kind)
         x[..., 2 * odd - 1] = 1  # which all windows have
         (y,), (most,) = mx.vjp(lambda x: pool(x, **windows), [x], [mx.ones((1, 1, 2 * odd), kind)])
@@ -137,5 +124,5 @@ def test_what_departs_is_passed_over(name):
 
     finding, args, options = DEPARTURES[name]
     with pytest.raises(Departure) as raised:
-        run(target(name).function, args, options, None)
+        run(target("mlx", name).function, args, options, None)
     assert raised.value.finding == finding

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from refattn import frameworks
-from tests.test_frameworks import in_every_dtype, judged
+from refattn.trials import judged
+from tests.foreign import in_every_dtype, target, with_one_off, wrong
 
 pytestmark = pytest.mark.frameworks
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'refattn[openvino]'")
@@ -17,16 +18,12 @@ def test_it_is_available():
     assert frameworks.status("openvino")[:2] == (openvino.__version__, "")
 
 
-def target(name):
-    return next(t for t in frameworks.load("openvino").TARGETS if t.name == name)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("ScaledDotProductAttention", "bfloat16"), ("GRUCell", "float16"), ("Interpolate", "float32")],
 )
 def test_it_conforms(name, dtype):
-    report = judged(target(name), "openvino", dtype, max_examples=4, seed=1)
+    report = judged(target("openvino", name), "openvino", dtype, max_examples=4, seed=1)
     assert report.ok and report.examples == 4 and report.gradients == "not asked for", str(report)
 
 
@@ -39,21 +36,17 @@ def test_a_planted_fault_is_noticed(target, dtype):
     low = 1.5 if (target.name in ("RNNCell", "LSTMCell") and dtype == "bfloat16") else 1.1
     factor = 1.001 if dtype == "float32" else low
 
-    def faulty(*args, **options):
-        result = right(*args, **options)
-        first = result[0] if isinstance(result, tuple) else result
-        one = abs(np.nan_to_num(first.astype(float))).argmax()
-        first.flat[one] = first.flat[one].astype(float) * factor
-        return result
+    def spoil(y):
+        one = abs(np.nan_to_num(y.astype(float))).argmax()
+        y.flat[one] = y.flat[one].astype(float) * factor
+        return y
 
-    right = target.function
-    faulty.__wrapped__ = right  # its signature is the other's
-    report = judged(target, "openvino", dtype, faulty, max_examples=4, seed=1)
-    assert any(not v.conforms and name[0] != "d" for name, v in report.verdicts.items()), str(report)
+    report = judged(target, "openvino", dtype, with_one_off(target.function, spoil), max_examples=4, seed=1)
+    assert wrong(report)[0], str(report)
 
 
 def test_rows_without_keys_and_poison():
-    sdpa = target("ScaledDotProductAttention")
+    sdpa = target("openvino", "ScaledDotProductAttention")
     families = "empty_rows", "poisoned_values", "nan_query"
     report = judged(sdpa, "openvino", "float32", families=families, max_examples=9, seed=1)
     assert report.ok and set(report.families) == set(families), str(report)

@@ -10,14 +10,11 @@ from refattn import frameworks
 from refattn.oracle.check import check
 from refattn.oracle.contract import Departure
 from refattn.primitives import group_norm
-from tests.test_frameworks import judged
+from refattn.trials import judged
+from tests.foreign import target, with_one_off, wrong
 
 pytestmark = pytest.mark.frameworks
 paddle = pytest.importorskip("paddle", reason="paddle is not installed: pip install 'refattn[paddle]'")
-
-
-def target(name):
-    return next(t for t in frameworks.load("paddle").TARGETS if t.name == name)
 
 
 def test_it_is_available():
@@ -29,7 +26,7 @@ def test_it_is_available():
     [("scaled_dot_product_attention", "float32"), ("group_norm", "float64"), ("nn.LSTMCell", "float32")],
 )
 def test_it_conforms(name, dtype):
-    report = judged(target(name), "paddle", dtype, max_examples=8, seed=1)
+    report = judged(target("paddle", name), "paddle", dtype, max_examples=8, seed=1)
     assert report.ok and report.examples == 8 and report.gradients == "judged", str(report)
 
 
@@ -47,19 +44,14 @@ def test_it_conforms(name, dtype):
 def test_a_planted_fault_is_noticed(name, dtype):
     """The largest element of the first output is off by a thousandth, and so are its gradients."""
 
-    def faulty(*args, **options):
-        result = right(*args, **options)
-        first, *rest = result if isinstance(result, (tuple, list)) else (result,)
-        factor = np.ones(first.shape, dtype)
-        factor.flat[abs(first.numpy()).argmax()] = 1.001
-        first = first * paddle.to_tensor(factor)
-        return (first, *rest) if rest else first
+    def spoil(y):
+        factor = np.ones(y.shape, dtype)
+        factor.flat[abs(y.numpy()).argmax()] = 1.001
+        return y * paddle.to_tensor(factor)
 
-    right = target(name).function
-    faulty.__wrapped__ = right  # its signature is the other's
-    report = judged(target(name), "paddle", dtype, faulty, max_examples=6, seed=1)
-    wrong = [name for name, v in report.verdicts.items() if not v.conforms]
-    assert any(name[0] == "d" for name in wrong) and any(name[0] != "d" for name in wrong), str(report)
+    faulty = with_one_off(target("paddle", name).function, spoil)
+    report = judged(target("paddle", name), "paddle", dtype, faulty, max_examples=6, seed=1)
+    assert all(wrong(report)), str(report)
 
 
 def test_what_comes_back():
@@ -75,7 +67,7 @@ def test_what_comes_back():
 
 
 def test_rows_without_keys():
-    sdpa = target("scaled_dot_product_attention")
+    sdpa = target("paddle", "scaled_dot_product_attention")
     report = judged(sdpa, "paddle", "float64", families="empty_rows", max_examples=4, seed=1)
     assert report.ok, str(report)
     report = judged(sdpa._replace(convention=None), "paddle", "float64", families="empty_rows", max_examples=4)
@@ -108,5 +100,5 @@ def test_what_departs_is_passed_over(case):
 
     finding, name, args, options = DEPARTURES[case]
     with pytest.raises(Departure) as raised:
-        run(target(name).function, args, options, None)
+        run(target("paddle", name).function, args, options, None)
     assert raised.value.finding == finding

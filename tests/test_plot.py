@@ -600,6 +600,21 @@ def pictures(monkeypatch):
     return pictures
 
 
+def test_a_derivation_page_shows_the_picture_if_there_is_one(pictures, tmp_path):
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "cbam-light.png").touch()
+    app, text = SimpleNamespace(srcdir=tmp_path), "# A\n\n## The model\n\nWords.\n\n## Forward\n\nMore.\n"
+
+    def read(page):
+        source = [text]
+        pictures.on_derivation_pages(app, page, source)
+        return source[0]
+
+    before, _, after = read("derivations/cbam").partition("\n## Forward\n")
+    assert before.count("../drawn/cbam-") == 2 and "only-dark" in before and after == "\nMore.\n"
+    assert read("derivations/softmax") == read("reference/cbam") == read("cbam") == text
+
+
 def test_the_gallery_is_drawn_once(pictures, tmp_path, monkeypatch):
     some = {name: everything()[name] for name in ("squeeze_excitation", "matrix_power_pool", "multi_head")}
     monkeypatch.setattr(pictures, "mechanisms", lambda: some)

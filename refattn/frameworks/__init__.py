@@ -29,6 +29,7 @@ class Target(NamedTuple):
     convention: object = None  # a name of refattn.oracle.conventions.PRESETS, or a Convention
     gradients: bool = True  # False: the framework has none of it
     times: int = 1  # how many times as many examples as others: where there are many families of inputs
+    device: str = "cpu"  # on which it computes
 
 
 EXTRAS = {"onnxruntime": "onnx"}  # framework -> the extra that installs it, where it has another name

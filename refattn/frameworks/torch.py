@@ -570,6 +570,7 @@ def cuda_targets(device="cuda"):
             **DOT_PRODUCT,
             dtypes=dtypes.get(name, low),
             arithmetic=arithmetic,
+            device=device,
         )
         for name, arithmetic in every.items()
     )

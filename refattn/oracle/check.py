@@ -60,6 +60,7 @@ class Report(NamedTuple):
     accuracy: float = 0.0  # the reference's own error is at most this part of the bounds
     spec: Any = None  # (module, name) of the candidate, for script()
     version: str = ""  # of the framework, or of NumPy
+    device: str = "cpu"  # on which the candidate computed
 
     @property
     def ok(self):
@@ -97,7 +98,7 @@ class Report(NamedTuple):
         lines += [f"  passed over {count} examples: {reason}" for reason, count in self.passed_over.items()]
         lines += [f"  departs, as is known: docs/findings/{finding}.md" for finding in self.departures]
         if self.framework != "numpy" and self.version:
-            lines.append(f"  with {self.framework} {self.version}")
+            lines.append(f"  with {self.framework} {self.version} on {self.device}")
         if self.accuracy:
             lines.append(f"  the reference's own error is at most {self.accuracy:.1e} of what is allowed")
         return "\n".join(lines)
@@ -147,6 +148,7 @@ def check(
     seed=0,
     name=None,
     spec=None,
+    device="cpu",
     progress=None,
 ):
     """Try `candidate` against the mechanism `like`: a name, or anything with forward, backward and example.
@@ -158,8 +160,8 @@ def check(
     `arithmetic` is what the candidate promises: a name of refattn.oracle.arithmetic.ARITHMETICS, or an Arithmetic.
     Without it, what frameworks do in `dtype` (float32 unless given). With both, `dtype` is that of the arrays.
     `convention`, a name of refattn.oracle.conventions.PRESETS or a Convention, is for like="dot_product_attention".
-    `framework="torch"` hands tensors over, and autograd answers for the gradients. `progress(done)` is called after
-    every example.
+    `framework="torch"` hands tensors over, and autograd answers for the gradients. `device`, for the report, is where
+    the candidate computes. `progress(done)` is called after every example.
     """
     mechanism = find(like) if isinstance(like, str) else like
     arithmetic, dtype = settle_arithmetic(arithmetic, dtype)
@@ -214,6 +216,7 @@ def check(
         gradients=how,
         spec=spec or _spec(candidate, backward),
         version=contract.version(framework),
+        device=device,
     )
 
 
