@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from refattn import frameworks
 from refattn.registry import everything
 from tests.test_golden import FILES, INDEX, case_of
 
@@ -41,9 +42,12 @@ RECORDED = {case_of(record).module.__name__ for record in INDEX} if INDEX and FI
 
 @pytest.mark.frameworks
 def test_frameworks():
-    pytest.importorskip("torch", reason="needs torch: pip install 'refattn[torch]'")
-    from refattn.frameworks.torch import TARGETS
-
-    covered = {target.like for target in TARGETS}
+    """A witness that is named has a target; where a framework is missing here, it may be that one's."""
+    found = frameworks.available()
+    missing = {name: status.reason for name, status in found.items() if not status.version}
+    covered = {like for status in found.values() for _, like, *_ in status.targets}
     named = {m.name for m in EVERYTHING if "framework" in m.ABOUT.witnesses}
-    assert named == covered, f"named but not cross-checked: {named - covered}; not named: {covered - named}"
+    assert covered <= named, f"cross-checked but not named: {covered - named}"
+    if missing:
+        pytest.skip(f"whether all that is named is cross-checked cannot be seen here: {missing}")
+    assert named <= covered, f"named but not cross-checked: {named - covered}"

@@ -5,6 +5,7 @@ given by stateless_call, so that gradients flow to them.
 """
 
 import functools
+from types import MappingProxyType
 
 import keras
 import numpy as np
@@ -634,10 +635,13 @@ LAYERS = (
 )
 
 
-def targets(arithmetic, times=3):
-    """The rows; `arithmetic` and `times` are those of the backend's attention."""
+def targets(arithmetic, times=3, promises=MappingProxyType({})):
+    """The rows; `arithmetic` and `times` are those of the backend's attention.
+
+    `promises` is what else the backend's own code promises: {name of a row: {dtype: Arithmetic}}.
+    """
     attentions = {"like": "dot_product_attention", "times": times}
-    return (
+    rows = (
         Target(
             "ops.dot_product_attention",
             function=dot_product_attention,
@@ -656,3 +660,4 @@ def targets(arithmetic, times=3):
         ),
         *(Target(*row) for row in LAYERS),
     )
+    return tuple(row._replace(arithmetic=dict(row.arithmetic) | promises.get(row.name, {})) for row in rows)

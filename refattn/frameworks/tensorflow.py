@@ -3,6 +3,7 @@
 A target is a function called like the reference's forward, but with tensors. Adding one is adding a row to TARGETS.
 """
 
+import functools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what it says of the machine when it is imported
@@ -88,15 +89,27 @@ def _biased(y, bias):
 
 
 def conv(x, params, *, stride, padding, dilation, groups):
-    if groups > 1 and (len(x.shape) == 5 or x.dtype == tf.float64):
-        raise NotHandled(
-            "groups in three dimensions, or in float64, whose gradient tensorflow does not have on the CPU"
-        )
+    if groups > 1 and not _differentiates_groups(len(x.shape), x.dtype):
+        raise NotHandled("groups, whose gradient tensorflow does not have here")
     if stride != 1 and max(dilation) > 1:
         raise NotHandled("strides and dilation")
     weight = tf.transpose(params.weight, (*range(2, len(x.shape)), 1, 0))
-    y = tf.nn.convolution(_padded(x, padding, 0), weight, stride, "VALID", dilations=list(dilation))
+    y = tf.nn.convolution(_padded(x, padding, 0), weight, stride, "VALID", _layout(x), list(dilation))
     return _channels_first(_biased(y, params.bias))
+
+
+@functools.cache
+def _differentiates_groups(rank, dtype):
+    """Without oneDNN it does not; with it, not in three dimensions, nor in float64."""
+    x, weight = tf.zeros((1, *(1,) * (rank - 2), 2), dtype), tf.zeros((*(1,) * (rank - 2), 1, 2), dtype)
+    try:
+        with tf.GradientTape() as tape:
+            tape.watch([x, weight])
+            y = tf.nn.convolution(x, weight)
+        tape.gradient(y, [x, weight])
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+        return False
+    return True
 
 
 def max_pool(x, *, kernel, stride, padding, dilation):
@@ -126,7 +139,7 @@ def _channels_first(x):
 
 
 def _layout(x):
-    """Without it pools of 2.21 have no gradient in three dimensions."""
+    """Without it convolutions and pools of 2.21 have no gradient in three dimensions."""
     return {3: "NWC", 4: "NHWC", 5: "NDHWC"}[len(x.shape)]
 
 
@@ -175,15 +188,25 @@ SUMS = {
 }
 FLOAT16_SUMS = {"float16": SUMS["float16"]}
 
+
+def _own_code():
+    """The formats of 16 bits for which oneDNN has no kernels here: docs/findings/tensorflow-without-onednn.md."""
+    for dtype, u in ((tf.bfloat16, 2.0**-7), (tf.float16, 2.0**-10)):
+        if tf.einsum("ij,jk->ik", tf.constant([[1 + u, 1]], dtype), tf.constant([[1 + u], [-1 - 2 * u]], dtype)) == 0:
+            yield dtype.name
+
+
+OWN_SUMS = {name: SUMS[name] for name in _own_code()}
+
 TARGETS = (
     Target("nn.softmax", "softmax", softmax, dtypes=EVERY_DTYPE),
     Target("nn.log_softmax", "log_softmax", log_softmax, dtypes=EVERY_DTYPE),
     Target("reduce_logsumexp", "logsumexp", logsumexp, dtypes=EVERY_DTYPE),
     Target("tensordot, nn.bias_add", "linear", linear, dtypes=EVERY_DTYPE),
     Target("matmul, nn.bias_add", "linear", linear_by_matmul, dtypes=EVERY_DTYPE),
-    Target("nn.convolution", "conv", conv, dtypes=EVERY_DTYPE),
+    Target("nn.convolution", "conv", conv, dtypes=EVERY_DTYPE, arithmetic=OWN_SUMS),
     Target("nn.max_pool", "max_pool", max_pool, dtypes=EVERY_DTYPE, arithmetic=SUMS),
-    Target("nn.avg_pool", "average_pool", average_pool, dtypes=EVERY_DTYPE, arithmetic=FLOAT16_SUMS),
+    Target("nn.avg_pool", "average_pool", average_pool, dtypes=EVERY_DTYPE, arithmetic=FLOAT16_SUMS | OWN_SUMS),
     Target("nn.batch_normalization", "batch_norm", batch_norm, dtypes=EVERY_DTYPE, arithmetic=FLOAT16_SUMS),
     Target("nn.embedding_lookup", "embedding", embedding, dtypes=EVERY_DTYPE, arithmetic=SUMS),
 )

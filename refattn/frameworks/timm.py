@@ -40,7 +40,8 @@ def _layers():
     names = "torchvision", "torchvision.ops", "torchvision.ops.misc"
     stand_in = {name: ModuleType(name) for name in (*names, "timm")}
     stand_in["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (nn.Module,), {})
-    stand_in["timm"].__path__ = importlib.util.find_spec("timm").submodule_search_locations
+    spec = importlib.util.find_spec("timm")
+    stand_in["timm"].__spec__, stand_in["timm"].__path__ = spec, spec.submodule_search_locations
     sys.modules.update(stand_in)
     try:
         return importlib.import_module("timm.layers")

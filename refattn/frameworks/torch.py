@@ -547,6 +547,15 @@ SUMS = {
     eager.out.name: eager._replace(name=f"{eager.name}, sums too", accumulator=eager.out)
     for eager in (ARITHMETICS["bf16_eager"], ARITHMETICS["f16_eager"])
 }
+# Convolutions keep them in 16 bits where oneDNN has no kernels for this CPU: docs/findings/torch-conv-16-bit-sums.md.
+CONV_SUMS = {
+    form: SUMS[form]
+    for form, has_kernels in (
+        ("bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported),
+        ("float16", torch.ops.mkldnn._is_mkldnn_fp16_supported),
+    )
+    if not has_kernels()
+}
 # FlexAttention is not here: without its compiler torch 2.13 has no backward of it on the CPU, which the laws of
 # behaviour call, and a call takes seconds. Nor is what torch.compile makes: every combination of options is compiled.
 DOT_PRODUCT = {"convention": "torch_sdpa", "times": 4}
@@ -618,7 +627,7 @@ TARGETS = (
     _target("nn.GRUCell", "gru_cell", gru_cell),
     _target("nn.LSTMCell", "lstm_cell", lstm_cell),
     _target("linear", "linear", linear, arithmetic=UPCAST),
-    _target("conv1d, conv2d, conv3d", "conv", conv, arithmetic=UPCAST),
+    _target("conv1d, conv2d, conv3d", "conv", conv, arithmetic=UPCAST | CONV_SUMS),
     _target("batch_norm, training", "batch_norm", batch_norm_train),
     _target("batch_norm, inference", "batch_norm", batch_norm_eval, arithmetic=UPCAST),
     _target("layer_norm", "layer_norm", layer_norm, arithmetic=SUMS),

@@ -89,4 +89,4 @@ def example(draw):
     return Call((draw.array(*lead, features), draw.like(init(draw.rng, features, hidden, bias=bias))), options)
 
 
-ABOUT = About(witnesses=("definition", "relation"))
+ABOUT = About(witnesses=("framework", "definition", "relation"))

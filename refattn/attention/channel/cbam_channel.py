@@ -155,5 +155,5 @@ def example(draw):
 ABOUT = About(
     weights="gate",
     laws=("batch_independent", "weights_in_unit_interval", "pixel_permutation_equivariant"),
-    witnesses=("definition", "relation"),
+    witnesses=("framework", "definition", "relation"),
 )

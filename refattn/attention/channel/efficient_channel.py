@@ -115,5 +115,5 @@ def example(draw):
 ABOUT = About(
     weights="gate",
     laws=("batch_independent", "weights_in_unit_interval", "pixel_permutation_equivariant"),
-    witnesses=("authors' code", "definition", "relation"),
+    witnesses=("authors' code", "framework", "definition", "relation"),
 )

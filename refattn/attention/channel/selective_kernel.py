@@ -167,5 +167,5 @@ def _example_stats(draw, params):
 ABOUT = About(
     weights="attention",
     laws=("weights_in_unit_interval", "weights_sum_to_one"),
-    witnesses=("authors' code", "definition", "relation"),
+    witnesses=("authors' code", "framework", "definition", "relation"),
 )

@@ -181,5 +181,5 @@ def _example_stats(draw, params):
 ABOUT = About(
     weights="attention",
     laws=("weights_in_unit_interval",),
-    witnesses=("authors' code", "definition", "relation"),
+    witnesses=("authors' code", "framework", "definition", "relation"),
 )

@@ -77,4 +77,4 @@ def example(draw):
     return Call((draw.array(draw.size("H")),), options)
 
 
-ABOUT = About(witnesses=("definition", "relation"))
+ABOUT = About(witnesses=("framework", "definition", "relation"))

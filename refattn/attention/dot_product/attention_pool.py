@@ -93,5 +93,5 @@ def example(draw):
 ABOUT = About(
     weights="attn",
     laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one"),
-    witnesses=("definition", "relation"),
+    witnesses=("framework", "definition", "relation"),
 )

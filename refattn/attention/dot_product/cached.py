@@ -140,5 +140,7 @@ def example(draw):
 
 
 ABOUT = About(
-    weights="attn", laws=("batch_independent", "weights_in_unit_interval"), witnesses=("definition", "relation")
+    weights="attn",
+    laws=("batch_independent", "weights_in_unit_interval"),
+    witnesses=("framework", "definition", "relation"),
 )

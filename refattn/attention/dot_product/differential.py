@@ -137,6 +137,6 @@ def example(draw):
 ABOUT = About(
     weights="attn",
     laws=("batch_independent", "key_permutation_invariant", "mask_is_truncation", "causal"),
-    witnesses=("definition", "relation"),
+    witnesses=("framework", "definition", "relation"),
     exempt=(("large_inputs_stay_finite", "lambda is the exponential of parameters, which nothing here bounds"),),
 )

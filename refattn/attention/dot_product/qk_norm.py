@@ -205,5 +205,5 @@ ABOUT = About(
         "mask_is_truncation",
         "causal",
     ),
-    witnesses=("definition", "relation"),
+    witnesses=("framework", "definition", "relation"),
 )

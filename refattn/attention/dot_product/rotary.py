@@ -185,4 +185,4 @@ def example(draw):
     return Call((x, *tables), {"pairing": draw.choice("pairing", *PAIRINGS)})
 
 
-ABOUT = About(laws=("batch_independent",), witnesses=("definition", "relation"))
+ABOUT = About(laws=("batch_independent",), witnesses=("framework", "definition", "relation"))

@@ -57,4 +57,4 @@ def example(draw):
     return Call((draw.array((2 * m - 1) * (2 * w - 1), draw.size("H", high=3)),), {"window": window})
 
 
-ABOUT = About(witnesses=("definition",))
+ABOUT = About(witnesses=("framework", "definition"))

@@ -175,5 +175,5 @@ def _no_zeros(x):
 ABOUT = About(
     weights="attn",
     laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one"),
-    witnesses=("definition", "relation"),
+    witnesses=("framework", "definition", "relation"),
 )

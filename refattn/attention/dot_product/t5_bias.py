@@ -106,4 +106,4 @@ def example(draw):
     return Call((draw.array(buckets, draw.size("H", high=3)),), options)
 
 
-ABOUT = About(witnesses=("definition", "relation"))
+ABOUT = About(witnesses=("framework", "definition", "relation"))

@@ -83,5 +83,7 @@ def example(draw):
 
 
 ABOUT = About(
-    weights="channel_gate", laws=("weights_in_unit_interval",), witnesses=("authors' code", "definition", "relation")
+    weights="channel_gate",
+    laws=("weights_in_unit_interval",),
+    witnesses=("authors' code", "framework", "definition", "relation"),
 )

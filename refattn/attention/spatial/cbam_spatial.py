@@ -104,4 +104,4 @@ def example(draw):
     return Call((x, params), {"maps": draw.choice("maps", ("max", "avg"), ("avg", "max")), "stats": stats})
 
 
-ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("definition", "relation"))
+ABOUT = About(weights="gate", laws=("weights_in_unit_interval",), witnesses=("framework", "definition", "relation"))

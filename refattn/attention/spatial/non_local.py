@@ -242,4 +242,4 @@ def example(draw):
     return Call((x, params), options | {"eps": draw.choice("eps", 0.01, 0.5)})
 
 
-ABOUT = About(weights="weights", witnesses=("authors' code", "definition", "relation"))
+ABOUT = About(weights="weights", witnesses=("authors' code", "framework", "definition", "relation"))

@@ -143,5 +143,5 @@ def example(draw):
 ABOUT = About(
     weights="weights",
     laws=("batch_independent", "weights_in_unit_interval", "weights_sum_to_one"),
-    witnesses=("authors' code", "definition", "relation"),
+    witnesses=("authors' code", "framework", "definition", "relation"),
 )
