@@ -6,6 +6,8 @@ A cell is "conforms", "departs" (it conforms but for calls of which docs/finding
 
 import platform
 
+import numpy as np
+
 from refattn.registry import find
 from refattn.trials import Discovery, Target
 
@@ -48,7 +50,14 @@ def table(outcomes, status):
                 continue
             cells = {dtype: row.get(framework, {}).get(dtype, {"targets": []}) for dtype in DTYPES}
             row[framework] = {dtype: {"state": _worst(cell["targets"])} | cell for dtype, cell in cells.items()}
-    return {"machine": f"{platform.machine()}, {platform.system()}", "mechanisms": dict(sorted(mechanisms.items()))}
+    return {"machine": _machine(), "mechanisms": dict(sorted(mechanisms.items()))}
+
+
+def _machine():
+    """What frameworks compute depends on the instructions that the CPU has: NumPy's names of them."""
+    instructions = np.show_config(mode="dicts")["SIMD Extensions"]
+    known = " ".join(instructions.get("baseline", []) + instructions.get("found", []))
+    return f"{platform.machine()} ({known}), {platform.system()}"
 
 
 def _worst(targets):

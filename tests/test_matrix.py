@@ -1,6 +1,7 @@
 """The conformance matrix, from outcomes made by hand; the whole of it is made where frameworks are installed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ def outcomes():
         outcome("jax", "softmax", "bfloat16"),
         outcome("jax", "fused", "bfloat16", ok=False),
     ]
+
+
+def test_the_machine_and_its_instructions():
+    assert re.fullmatch(r"\w+ \(\w+( \w+)*\), \w+", matrix.table(outcomes(), STATUS)["machine"])
 
 
 def test_every_cell_has_a_state_and_its_worst_decides():
