@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import refattn
@@ -46,9 +45,6 @@ def main(argv=None):
     except BadUse as error:
         print(f"refattn: {error}", file=sys.stderr)
         return 2
-    except BrokenProcessPool:
-        print("refattn: a worker died; --jobs 1 will show where", file=sys.stderr)
-        return 1
     except Interrupted as error:
         print(f"refattn: interrupted{error}", file=sys.stderr)
         return 130

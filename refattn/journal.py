@@ -10,18 +10,19 @@ import numpy as np
 
 import refattn
 from refattn.report import write_text
-from refattn.trials import Outcome
+from refattn.trials import Outcome, machine
 
 
 class Journal:
     """Outcomes by task, in a file that grows as they come.
 
-    An outcome counts only for what it was made with: the sources of refattn, Python, NumPy, the framework's version.
+    An outcome counts only for what it was made with: the sources of refattn, Python, NumPy, the CPU's instructions, the
+    framework's version.
     """
 
     def __init__(self, path, versions, resume):
         self.path, self.versions = path, versions
-        self.same = f"{sources()} {sys.version.split()[0]} {np.__version__}"
+        self.same = f"{sources()} {sys.version.split()[0]} {np.__version__} {machine()}"
         path.parent.mkdir(parents=True, exist_ok=True)
         still_good = self._read()
         write_text(path, "".join(json.dumps(line) + "\n" for line in still_good.values()))

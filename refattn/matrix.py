@@ -4,12 +4,8 @@ A cell is "conforms", "departs" (it conforms but for calls of which docs/finding
 "not offered". Cells of one mechanism that a framework has several times are the worst of them.
 """
 
-import platform
-
-import numpy as np
-
 from refattn.registry import find
-from refattn.trials import Discovery, Target
+from refattn.trials import Discovery, Target, machine
 
 DTYPES = "float64", "float32", "bfloat16", "float16"
 SIGNS = {"not offered": "·", "conforms": "✓", "departs": "✓*", "not judged": "?", "differs": "✗"}
@@ -50,14 +46,7 @@ def table(outcomes, status):
                 continue
             cells = {dtype: row.get(framework, {}).get(dtype, {"targets": []}) for dtype in DTYPES}
             row[framework] = {dtype: {"state": _worst(cell["targets"])} | cell for dtype, cell in cells.items()}
-    return {"machine": _machine(), "mechanisms": dict(sorted(mechanisms.items()))}
-
-
-def _machine():
-    """What frameworks compute depends on the instructions that the CPU has: NumPy's names of them."""
-    instructions = np.show_config(mode="dicts")["SIMD Extensions"]
-    known = " ".join(instructions.get("baseline", []) + instructions.get("found", []))
-    return f"{platform.machine()} ({known}), {platform.system()}"
+    return {"machine": machine(), "mechanisms": dict(sorted(mechanisms.items()))}
 
 
 def _worst(targets):
@@ -69,6 +58,8 @@ def _target(name, outcome, convention):
     target = {"name": name, "state": _state(outcome)}
     if "not_judged" in record:
         return target | {"reason": record["not_judged"]}
+    if "died" in record:
+        return target | {"diagnosis": record["died"]}
     ratios = {array: verdict["ratio"] for array, verdict in record["verdicts"].items()}
     gradients = {array: ratio for array, ratio in ratios.items() if array not in ("out", "lse") and array[0] == "d"}
     target |= {

@@ -12,7 +12,8 @@ from pathlib import Path
 
 STYLES = {
     "ok": "green", "conforms": "green", "found, as it should be": "green",
-    "FAILS": "bold red", "DIFFERS": "bold red", "NOT FOUND": "bold red", "BUG": "bold red", "BUG p < 1e-6": "bold red",
+    "FAILS": "bold red", "DIFFERS": "bold red", "DIED": "bold red", "NOT FOUND": "bold red",
+    "BUG": "bold red", "BUG p < 1e-6": "bold red",
     "NOT JUDGED": "bold yellow", "SUSPECT": "bold yellow", "OUTSIDE THE MODEL": "bold yellow",
 }  # fmt: skip
 KINDS = "|".join(sorted(map(re.escape, STYLES), key=len, reverse=True))

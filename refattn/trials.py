@@ -3,14 +3,19 @@
 Every framework has processes of its own: some cannot be in one with others. What is done is kept in a Journal.
 """
 
+import contextlib
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from itertools import groupby
 from typing import NamedTuple
+
+import numpy as np
 
 from refattn import frameworks, report
 from refattn.oracle.arithmetic import FORMATS, numpy_dtype
@@ -126,6 +131,13 @@ def judged(target, framework, dtype, function=None, **options):
     return check(function or target.function, target.like, **known | options)
 
 
+def machine():
+    """What frameworks compute depends on the instructions that the CPU has: by NumPy's names of them."""
+    instructions = np.show_config(mode="dicts")["SIMD Extensions"]
+    known = " ".join(instructions.get("baseline", []) + instructions.get("found", []))
+    return f"{platform.machine()} ({known}), {platform.system()}"
+
+
 def of_framework(name, status, examples, seed):
     """A task for every target of a framework, in every dtype."""
     return [Target(name, target, dtype, examples, seed) for target, _, dtypes, _ in status.targets for dtype in dtypes]
@@ -184,14 +196,31 @@ def _end_with_parent():
 
 
 def _run_apart(tasks, jobs, keep):
+    """In processes. Where one dies, those tasks that may have been in it are run again, each alone."""
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # the processes are the threads
+    while tasks:
+        left = _run_in_pool(tasks, jobs, keep)
+        for suspect in left[:jobs]:  # tasks begin in their order
+            if _run_in_pool([suspect], 1, keep):
+                keep(_died(suspect))
+        tasks = left[jobs:]
+
+
+def _run_in_pool(tasks, jobs, keep):
+    """What is left of the tasks: nothing, unless a process died."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of libraries that run threads
     executor = ProcessPoolExecutor(jobs, context, initializer=_begin_to_work)
+    futures, left = {}, dict.fromkeys(tasks)
     try:
-        for future in as_completed([executor.submit(task.run) for task in tasks]):
-            keep(future.result())
+        with contextlib.suppress(BrokenProcessPool):
+            for task in tasks:
+                futures[executor.submit(task.run)] = task
+        for future in as_completed(futures):
+            with contextlib.suppress(BrokenProcessPool):
+                keep(future.result())
+                del left[futures[future]]
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
@@ -199,3 +228,13 @@ def _run_apart(tasks, jobs, keep):
         raise
     finally:
         executor.shutdown()
+    return list(left)
+
+
+def _died(task):
+    """The Outcome of a task whose process did not live to tell."""
+    dtype = getattr(task, "dtype", "")
+    what = " ".join(filter(None, (task.framework, task.name, dtype)))
+    text = f"{what}: DIED: the process that ran it ended without a word, and when run alone it did so again"
+    row = (task.name, "", "", "DIED") if isinstance(task, Discovery) else (task.name, "", dtype, "", "DIED")
+    return Outcome(task, False, row, text, {"candidate": task.name, "dtype": dtype, "ok": False, "died": text})

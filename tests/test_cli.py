@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it ends."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from refattn.__main__ import main
 from refattn.examples import blocked_attention, blocked_attention_with_a_bug
 from refattn.registry import everything
 
+RICH = importlib.import_module("rich") if importlib.util.find_spec("rich") else None
+
 
 @pytest.fixture(autouse=True)
 def plain_text(monkeypatch):
@@ -27,9 +31,10 @@ def plain_text(monkeypatch):
 
 
 def with_rich(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
-        monkeypatch.delitem(sys.modules, name)
-    pytest.importorskip("rich", reason="rich is not installed: pip install 'refattn[cli]'")
+    """As it was found before; another copy of it would not know the modules that belong to this one."""
+    if RICH is None:
+        pytest.skip("rich is not installed: pip install 'refattn[cli]'")
+    monkeypatch.setitem(sys.modules, "rich", RICH)
 
 
 @pytest.fixture
@@ -503,10 +508,30 @@ def test_nobody_reads():
     assert ended.returncode == 141 and ended.stderr == ""
 
 
-def test_a_worker_that_dies_is_reported(refattn_cli, monkeypatch):
-    monkeypatch.setattr(trials, "_run_apart", _broken)
-    status, _, err = refattn_cli("check", "linear", "conv", "--jobs", 2, "--examples", 1)
-    assert status == 1 and "a worker died" in err
+class Deadly(NamedTuple):
+    """A task that ends its process, if that is its name."""
+
+    name: str
+    framework = ""
+
+    def run(self):
+        if self.name.startswith("dies"):
+            os._exit(11)
+        return trials.Outcome(self, True, (), "", {})
+
+
+def test_a_worker_that_dies_takes_nothing_with_it():
+    tasks = [Deadly(name) for name in ("lives", "dies", "lives, too", "dies, too", *"abcdef")]
+    outcomes = trials.run(tasks, 2)
+    assert [outcome.task for outcome in outcomes] == tasks
+    assert [outcome.ok for outcome in outcomes] == [not task.name.startswith("dies") for task in tasks]
+    assert "dies: DIED" in outcomes[1].text and outcomes[1].row == ("dies", "", "", "", "DIED")
+
+
+def test_what_died_is_in_the_table(refattn_cli, monkeypatch):
+    monkeypatch.setattr(trials, "_run_in_pool", lambda tasks, jobs, keep: list(tasks))
+    status, out, _ = refattn_cli("check", "linear", "conv", "--jobs", 2, "--examples", 1)
+    assert status == 1 and "linear: DIED: the process" in out and "2 of 2 differ." in out
 
 
 def test_after_ctrl_c_the_workers_are_ended_not_waited_for(refattn_cli, monkeypatch):
@@ -517,12 +542,6 @@ def test_after_ctrl_c_the_workers_are_ended_not_waited_for(refattn_cli, monkeypa
     began = time.monotonic()
     status, _, err = refattn_cli("check", "recurrent", "conv", "--jobs", 2, "--examples", 100000)
     assert status == 130 and err == "refattn: interrupted\n" and time.monotonic() - began < 60
-
-
-def _broken(*_):
-    from concurrent.futures.process import BrokenProcessPool
-
-    raise BrokenProcessPool
 
 
 # --- report --------------------------------------------------------------------------------------------------

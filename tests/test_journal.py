@@ -44,9 +44,10 @@ def test_without_resume_nothing_is_taken_and_nothing_is_lost(path):
     assert journal.Journal(path, {}, resume=True).get(TASKS[0]) is not None
 
 
-def test_other_sources_count_for_nothing(path, monkeypatch):
+@pytest.mark.parametrize("what", ["sources", "machine"])
+def test_other_sources_or_machines_count_for_nothing(path, monkeypatch, what):
     journal.Journal(path, {}, resume=False).put(outcome(TASKS[0]))
-    monkeypatch.setattr(journal, "sources", lambda: "0" * 64)
+    monkeypatch.setattr(journal, what, lambda: "0" * 64)
     assert journal.Journal(path, {}, resume=True).get(TASKS[0]) is None
     assert path.read_text() == "", "what is stale is dropped"
 

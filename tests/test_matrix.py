@@ -78,6 +78,14 @@ def test_what_cannot_be_judged():
     assert "· · ? ·" in matrix.page(content([trials.Outcome(task, True, (), "", record)]))
 
 
+def test_what_died():
+    dead = trials._died(trials.Target("jax", "softmax", "bfloat16", 8, 0))
+    cell = matrix.table([dead], STATUS)["mechanisms"]["softmax"]["jax"]["bfloat16"]
+    assert cell["state"] == "differs" and "jax softmax bfloat16: DIED" in cell["targets"][0]["diagnosis"]
+    assert "· · ✗ ·" in matrix.page(content([dead]))
+    assert len(trials._died(trials.Discovery("jax", "softmax")).row) == 4
+
+
 def content(found):
     status = {name: about._asdict() for name, about in STATUS.items()}
     return {"refattn": "0.1", "seed": 0, "frameworks": status, "matrix": matrix.table(found, STATUS)}
