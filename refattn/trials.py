@@ -55,14 +55,21 @@ class Target(NamedTuple):
         target = next(t for t in frameworks.load(self.framework).TARGETS if t.name == self.name)
         try:
             numpy_dtype(FORMATS[self.dtype])
-        except ImportError as error:  # no ml_dtypes
-            record = {"candidate": self.name, "dtype": self.dtype, "ok": True, "not_judged": str(error)}
-            return Outcome(self, True, (self.name, target.like, self.dtype, "", "not judged: no ml_dtypes"), "", record)
+        except ImportError as error:
+            return self._not_judged(target, "no ml_dtypes", str(error))
         many = self.examples * target.times
         result = judged(target, self.framework, self.dtype, max_examples=many, seed=self.seed)
+        if not result.verdicts:
+            reasons = "; ".join(result.passed_over)
+            return self._not_judged(target, reasons, reasons)
         word = ", ".join(["ok" if result.ok else "DIFFERS", *_passed_over(result)])
         row = self.name, target.like, self.dtype, _worst(result), word
         return Outcome(self, result.ok, row, str(result), result.as_dict())
+
+    def _not_judged(self, target, word, reason):
+        """This machine lacks something."""
+        record = {"candidate": self.name, "dtype": self.dtype, "ok": True, "not_judged": reason}
+        return Outcome(self, True, (self.name, target.like, self.dtype, "", f"not judged: {word}"), "", record)
 
 
 class Discovery(NamedTuple):

@@ -87,7 +87,10 @@ class TestTorch:
         layers = {"nn.MultiheadAttention", "nn.TransformerEncoderLayer", "nn.GRUCell", "nn.LSTMCell"}
         assert names >= sdpa | layers | {"conv1d, conv2d, conv3d", "batch_norm, training", "batch_norm, inference"}
         assert names >= {"scaled_dot_product_attention, options" + variant for variant in ("", ", math", ", causal")}
-        assert all(t.dtypes == ("float64", "float32", "bfloat16", "float16") for t in targets("torch"))
+        slow = {"flex_attention", "flex_attention, compiled"}
+        assert names >= slow | {"scaled_dot_product_attention, compiled"}
+        every = "float64", "float32", "bfloat16", "float16"
+        assert all(t.dtypes == every for t in targets("torch") if t.name not in slow)
 
     @pytest.mark.parametrize(("target", "dtype"), in_every_dtype("torch"))
     def test_it_conforms(self, target, dtype):
@@ -124,6 +127,20 @@ class TestTorch:
         assert report.ok and finding in report.departures, str(report)
         monkeypatch.setattr(frameworks.load("torch"), "departs", lambda *refusal: None)
         assert not judged(target, "torch", dtype, **options).ok
+
+    def test_without_a_compiler_nothing_is_compiled(self, monkeypatch):
+        flex = frameworks.load("torch")._flex
+        monkeypatch.setattr(flex.shutil, "which", lambda name: None)
+        flex._compiled.cache_clear()
+        outcome = trials.Target("torch", "scaled_dot_product_attention, compiled", "float32", 2, 0).run()
+        flex._compiled.cache_clear()
+        reason = "torch.compile needs a C++ compiler, which is not here"
+        assert outcome.ok and outcome.row[4] == f"not judged: {reason}" and outcome.record["not_judged"] == reason
+
+    def test_lengths_that_compiled_flex_attention_does_not_do(self):
+        (target,) = (t for t in targets("torch") if t.name == "flex_attention, compiled")
+        report = judged(target, "torch", "float32", max_examples=8, seed=1)
+        assert report.ok and list(report.departures) == ["torch-flex-compiled-keys"], str(report)
 
     def test_backends_of_another_device(self, torch):
         """There is no GPU here: the CPU stands in for one, and its kernels for those."""

@@ -16,7 +16,7 @@ from refattn.attention.dot_product import multi_head
 from refattn.attention.dot_product import transformer_decoder_layer as decoder_layer
 from refattn.attention.dot_product import transformer_encoder_layer as encoder_layer
 from refattn.core import Call, leaves, tree_map
-from refattn.frameworks import Target
+from refattn.frameworks import Target, _flex
 from refattn.frameworks._examples import bilinear_resize as bilinear_example
 from refattn.oracle.arithmetic import ARITHMETICS
 from refattn.oracle.contract import Departure, NotHandled
@@ -556,8 +556,11 @@ CONV_SUMS = {
     )
     if not has_kernels()
 }
-# FlexAttention is not here: without its compiler torch 2.13 has no backward of it on the CPU, which the laws of
-# behaviour call, and a call takes seconds. Nor is what torch.compile makes: every combination of options is compiled.
+# FlexAttention computes scores and softmax in float32 without a compiler, and casts p before its product with v.
+FLEX = {
+    flash.out.name: flash._replace(name=f"{flash.name}, p normalised", probs_normalised=True)
+    for flash in (ARITHMETICS["bf16_flash"], ARITHMETICS["f16_flash"])
+}
 DOT_PRODUCT = {"convention": "torch_sdpa", "times": 4}
 
 
@@ -604,6 +607,24 @@ TARGETS = (
         *("scaled_dot_product_attention, options, causal", "dot_product_attention", dot_product_causal),
         arithmetic=FUSED,
         times=3,
+    ),
+    _target(
+        *("scaled_dot_product_attention, compiled", "scaled_dot_product", _flex.compiled, _flex.compiled_example),
+        arithmetic=FUSED,
+    ),
+    _target(
+        *("flex_attention", "dot_product_attention", _flex.flex),
+        dtypes=("float32", "bfloat16"),  # a call takes a third of a second
+        arithmetic=FLEX,
+        convention="torch_flex",
+        gradients=False,
+    ),
+    _target(
+        *("flex_attention, compiled", "dot_product_attention", _flex.compiled_flex, _flex.flex_example),
+        dtypes=("float32", "bfloat16"),  # and it takes ten seconds to compile it
+        arithmetic=FUSED,
+        convention="torch_flex",
+        gradients=False,
     ),
     _target("nn.MultiheadAttention", "multi_head", multi_head_attention, multi_head_example),
     _target("nn.MultiheadAttention, is_causal", "multi_head", multi_head_attention_causal, multi_head_example),
