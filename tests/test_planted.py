@@ -82,8 +82,22 @@ def reference(trial):
     return {name: x for name, x in zip(NAMES, found) if x is not None}
 
 
-def difference(got, expected):
-    """The largest, relative to the largest number of an array and to 1; inf where NaN and infinities differ."""
+def summed(trial):
+    """The size of what is added up in the gradient of a bias that was stretched: the sum may be next to nothing."""
+    bias = trial.args[3]
+    if bias is None:
+        return 1.0
+    whole = np.broadcast_to(bias, (*trial.dout.shape[:3], trial.args[1].shape[2]))
+    each = np.abs(reference(trial._replace(args=[*trial.args[:3], whole, trial.args[4]]))["dattn_bias"])
+    stretched = tuple(i for i in range(4) if i < 4 - bias.ndim or bias.shape[i - 4] == 1)
+    return each.sum(axis=stretched).max()
+
+
+def difference(got, expected, bias=1.0):
+    """The largest, relative to the largest number of an array and to 1; inf where NaN and infinities differ.
+
+    The gradient of a bias is relative to `bias`, if that is more.
+    """
     if got.keys() != expected.keys() or any(got[name].shape != x.shape for name, x in expected.items()):
         return np.inf
     worst = 0.0
@@ -94,7 +108,8 @@ def difference(got, expected):
         ):
             return np.inf
         error = np.abs(got[name][finite] - x[finite]).max(initial=0)
-        worst = max(worst, error / max(1, np.abs(x[finite]).max(initial=0)))
+        least = bias if name == "dattn_bias" else 1
+        worst = max(worst, error / max(least, np.abs(x[finite]).max(initial=0)))
     return worst
 
 
@@ -119,10 +134,10 @@ OTHERS = {
 @pytest.mark.parametrize("arithmetic", [*ARITHMETICS.values(), *OTHERS.values()], ids=[*ARITHMETICS, *OTHERS])
 def test_a_right_kernel_is_right(arithmetic, algorithm):
     u = coarsest(arithmetic)
-    allowed = 1e-11 if arithmetic.inputs == FLOAT64 else (64 if u <= FLOAT32.u else 24) * u  # measured: 52 and 22
+    allowed = 1e-11 if arithmetic.inputs == FLOAT64 else (64 if u <= FLOAT32.u else 24) * u  # twice as measured
     for words, trial in TRIALS.items():
         trial = rounded(trial, arithmetic)
-        assert difference(run(trial, arithmetic, algorithm), reference(trial)) <= allowed, words
+        assert difference(run(trial, arithmetic, algorithm), reference(trial), summed(trial)) <= allowed, words
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (16, 32), (32, 16), (1, 7)])
