@@ -10,6 +10,7 @@ from refattn.core import Call
 from refattn.oracle import attention_part
 from refattn.oracle.arithmetic import ARITHMETICS, BFLOAT16, FLOAT16, FLOAT32, FORMATS, half_ulp, ladder, round_to
 from refattn.oracle.bounds import GRADIENTS, attention_bounds, exact, outside_the_model, reference
+from refattn.oracle.statistical import LAMBDA
 from tests import emulated
 
 SINGLE, DOUBLE = ARITHMETICS["float32"], ARITHMETICS["float64"]
@@ -377,6 +378,17 @@ def test_a_sink_that_is_a_column_of_probabilities_is_rounded_as_they_are():
         for allowed in (bound.worst, bound.stat):
             assert abs(found - values["dsinks"]) <= allowed and np.isfinite(allowed)
             assert allowed <= 0.02 * abs(values["dsinks"]) + 700 * 3 * 2**-22, "and not much more"
+
+
+def test_a_sink_that_is_a_column_of_ds_is_rounded_once_more():
+    call, dout = one_row(0, -1.0, v=700, dout=3)
+    values, stored = reference(call, dout), ARITHMETICS["bf16_eager"]
+    bounds = [
+        attention_bounds(call, dout, a, values=values)["dsinks"] for a in (stored, stored._replace(dscores=None))
+    ]
+    unit = BFLOAT16.u * abs(values["dsinks"])
+    assert bounds[0].worst - bounds[1].worst >= 0.99 * unit
+    assert np.sqrt(bounds[0].stat**2 - bounds[1].stat**2) >= 0.99 * LAMBDA * unit / np.sqrt(3)
 
 
 def test_where_ds_is_scaled_before_it_is_rounded_underflow_takes_more():

@@ -153,6 +153,12 @@ def test_what_no_convention_says_is_found_too(change, about, words):
         assert {**said(found), "layout": 0} == {**ordinary, "layout": 0}, "all the rest is as it was"
 
 
+@pytest.mark.parametrize("value", [-1.1e4, -7e3])
+def test_a_mask_value_that_is_nobody_elses(value):
+    found = discover(following(Convention(mask_value=value)))
+    assert abs(found.convention.mask_value / value - 1) < 0.02, str(found)
+
+
 def test_what_nothing_explains_stays_open():
     found = discover(changed(lambda args, options: (args, options, lambda y, lse: give(1.5 * y, lse))))
     assert found.settled == found.presets == () and all("none of " in words or "it " in words or "is hardly" in words or
