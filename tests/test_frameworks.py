@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from refattn import frameworks, trials
+from refattn.oracle.arithmetic import ARITHMETICS, FLOAT8_E4M3, FLOAT8_E5M2
 from refattn.oracle.check import check
 from refattn.trials import judged
 from tests.foreign import in_every_dtype, last_of_tensor, targets, with_one_off, wrong
@@ -127,6 +128,24 @@ class TestTorch:
         assert report.ok and finding in report.departures, str(report)
         monkeypatch.setattr(frameworks.load("torch"), "departs", lambda *refusal: None)
         assert not judged(target, "torch", dtype, **options).ok
+
+    @pytest.mark.parametrize("form", [FLOAT8_E4M3, FLOAT8_E5M2], ids=lambda form: form.name)
+    def test_arrays_of_8_bits(self, torch, form):
+        """In float32 from tensors of 8 bits; autograd gives gradients of the same dtype."""
+        pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: pip install 'refattn[lowp]'")
+
+        def attend(q, k, v, *, scale=None):
+            assert q.dtype == k.dtype == v.dtype == getattr(torch, form.name)
+            q, k, v = q.float(), *(x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+            return (scores.softmax(-1) @ v).bfloat16()
+
+        promised = ARITHMETICS["fp8_flash"]._replace(inputs=form, grad=form, probs=form)
+        options = {"framework": "torch", "arithmetic": promised, "max_examples": 16, "seed": 1}
+        report = check(attend, "dot_product_attention", **options)
+        assert report.ok and report.gradients == "judged" and report.dtype == form.name, str(report)
+        faulty = with_one_off(attend, last_of_tensor(1.5))
+        assert not check(faulty, "dot_product_attention", **options).ok
 
     def test_without_a_compiler_nothing_is_compiled(self, monkeypatch):
         flex = frameworks.load("torch")._flex

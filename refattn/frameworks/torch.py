@@ -24,6 +24,8 @@ from refattn.primitives.gru_cell import Params as gru_cell_reference
 from refattn.primitives.lstm_cell import Params as lstm_cell_reference
 
 VERSION = torch.__version__
+# Formats that NumPy has by ml_dtypes, which torch does not know, and what has their bits.
+OF_ML_DTYPES = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
 
 
 def run(candidate, args, options, dout):
@@ -47,8 +49,8 @@ def run(candidate, args, options, dout):
 def _tensor(x):
     if not isinstance(x, np.ndarray):
         return x
-    if x.dtype.name == "bfloat16":  # NumPy's is of ml_dtypes, which torch does not know
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    if x.dtype.name in OF_ML_DTYPES:
+        return torch.from_numpy(x.view(OF_ML_DTYPES[x.dtype.name])).view(getattr(torch, x.dtype.name))
     return torch.from_numpy(x)
 
 
@@ -57,11 +59,13 @@ def _differentiable(y, d):
 
 
 def _array(x):
-    if x is None or x.dtype != torch.bfloat16:
+    name = None if x is None else str(x.dtype).removeprefix("torch.")
+    if name not in OF_ML_DTYPES:
         return None if x is None else x.numpy()
     import ml_dtypes
 
-    return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    bits = x.contiguous().view(getattr(torch, np.dtype(OF_ML_DTYPES[name]).name))
+    return bits.numpy().view(getattr(ml_dtypes, name))
 
 
 def departs(when, finding, words):

@@ -279,7 +279,8 @@ def _expanded(call):
     """The call with the keys and values of the first head for all: as contiguous arrays, and as views of stride 0."""
 
     def first(x):
-        return np.lib.stride_tricks.as_strided(x, x.shape, (0,) * (x.ndim - 2) + x.strides[-2:])
+        bits = x.view(f"u{x.itemsize}")  # as_strided does not know every dtype of ml_dtypes
+        return np.lib.stride_tricks.as_strided(bits, x.shape, (0,) * (x.ndim - 2) + x.strides[-2:]).view(x.dtype)
 
     q, k, v, *others = call.args
     view = first(k), first(v)
