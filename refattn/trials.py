@@ -57,11 +57,11 @@ class Target(NamedTuple):
             numpy_dtype(FORMATS[self.dtype])
         except ImportError as error:
             return self._not_judged(target, "no ml_dtypes", str(error))
+        lacking = target.lacks and target.lacks()
+        if lacking:
+            return self._not_judged(target, lacking, lacking)
         many = self.examples * target.times
         result = judged(target, self.framework, self.dtype, max_examples=many, seed=self.seed)
-        if not result.verdicts:
-            reasons = "; ".join(result.passed_over)
-            return self._not_judged(target, reasons, reasons)
         word = ", ".join(["ok" if result.ok else "DIFFERS", *_passed_over(result)])
         row = self.name, target.like, self.dtype, _worst(result), word
         return Outcome(self, result.ok, row, str(result), result.as_dict())

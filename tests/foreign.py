@@ -18,7 +18,12 @@ def target(framework, name):
 
 
 def in_every_dtype(framework):
-    return [pytest.param(t, dtype, id=f"{t.name}, {dtype}") for t in targets(framework) for dtype in t.dtypes]
+    return [
+        pytest.param(t, dtype, id=f"{t.name}, {dtype}", marks=pytest.mark.skipif(bool(lacking), reason=lacking or "-"))
+        for t in targets(framework)
+        for lacking in [t.lacks and t.lacks()]
+        for dtype in t.dtypes
+    ]
 
 
 def with_one_off(right, spoil):

@@ -8,8 +8,9 @@ import pytest
 from refattn import frameworks, trials
 from refattn.oracle.arithmetic import ARITHMETICS, FLOAT8_E4M3, FLOAT8_E5M2
 from refattn.oracle.check import check
+from refattn.oracle.contract import NotHandled
 from refattn.trials import judged
-from tests.foreign import in_every_dtype, last_of_tensor, targets, with_one_off, wrong
+from tests.foreign import in_every_dtype, last_of_tensor, target, targets, with_one_off, wrong
 
 
 def test_what_cannot_be_imported_says_which_extra_to_install(monkeypatch):
@@ -148,17 +149,34 @@ class TestTorch:
         assert not check(faulty, "dot_product_attention", **options).ok
 
     def test_without_a_compiler_nothing_is_compiled(self, monkeypatch):
-        flex = frameworks.load("torch")._flex
-        monkeypatch.setattr(flex.shutil, "which", lambda name: None)
-        flex._compiled.cache_clear()
+        monkeypatch.setattr(frameworks.load("torch")._flex.shutil, "which", lambda name: None)
         outcome = trials.Target("torch", "scaled_dot_product_attention, compiled", "float32", 2, 0).run()
-        flex._compiled.cache_clear()
-        reason = "torch.compile needs a C++ compiler, which is not here"
+        reason = "torch.compile needs a C++ compiler"
         assert outcome.ok and outcome.row[4] == f"not judged: {reason}" and outcome.record["not_judged"] == reason
 
+    def test_one_that_handles_nothing_does_not_pass(self, monkeypatch):
+        """What an adapter passes over, all of it, is no lack of this machine."""
+        adapter = frameworks.load("torch")
+
+        def handles_nothing(x, params):
+            raise NotHandled("anything")
+
+        linear = target("torch", "linear")
+        monkeypatch.setattr(adapter, "TARGETS", (linear._replace(function=handles_nothing),))
+        assert not trials.Target("torch", "linear", "float32", 2, 0).run().ok
+
+    @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_convolutions_without_onednn_sum_in_16_bits(self, torch, dtype):
+        adapter, conv = frameworks.load("torch"), target("torch", "conv1d, conv2d, conv3d")
+        with torch.backends.mkldnn.flags(enabled=False):
+            for promise, kept in ((adapter.SUMS, True), (adapter.UPCAST, False)):
+                report = judged(conv._replace(arithmetic=promise), "torch", dtype, max_examples=12, seed=1)
+                assert report.ok == kept, str(report)
+
     def test_lengths_that_compiled_flex_attention_does_not_do(self):
-        (target,) = (t for t in targets("torch") if t.name == "flex_attention, compiled")
-        report = judged(target, "torch", "float32", max_examples=8, seed=1)
+        flex = target("torch", "flex_attention, compiled")
+        report = judged(flex, "torch", "float32", max_examples=8, seed=1)
         assert report.ok and list(report.departures) == ["torch-flex-compiled-keys"], str(report)
 
     def test_backends_of_another_device(self, torch):

@@ -131,3 +131,32 @@ def test_what_is_said_to_be_summed_in_16_bits_is(backend):
     assert done.returncode == 0, done.stderr
     for what, (error, is_said) in json.loads(done.stdout.strip().splitlines()[-1]).items():
         assert (error > 1.1) == is_said, f"{what} is off by {error} units in the last place"
+
+
+WITHOUT_ONEDNN = """
+from refattn.frameworks import keras_tensorflow as adapter
+from refattn.oracle.arithmetic import ARITHMETICS
+from refattn.trials import judged
+
+eager = ARITHMETICS["bf16_eager"]
+usual = {
+    "ops.dot_product_attention": eager._replace(**adapter.STORED),
+    "layers.Attention": eager,
+    "layers.Conv1D, Conv2D, Conv3D": eager,
+}
+for row in adapter.TARGETS:
+    if row.name in usual:
+        rows = row, row._replace(arithmetic={"bfloat16": usual[row.name]})
+        found = [judged(r, "keras_tensorflow", "bfloat16", max_examples=20, seed=1).ok for r in rows]
+        print(row.name, *found)
+"""
+
+
+def test_on_tensorflow_without_onednn_sums_and_softmax_are_of_16_bits():
+    """It is found out, and what is promised then conforms; what is promised with oneDNN would not."""
+    for module in ("keras", "tensorflow"):
+        if find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install 'refattn[keras]'")
+    done = python("-c", WITHOUT_ONEDNN, TF_ENABLE_ONEDNN_OPTS="0")
+    names = "ops.dot_product_attention", "layers.Attention", "layers.Conv1D, Conv2D, Conv3D"
+    assert done.stdout.splitlines() == [f"{name} True False" for name in names], done.stdout + done.stderr

@@ -1,5 +1,9 @@
 """TensorFlow against the reference: what it is asked, and that the check can fail."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -107,3 +111,23 @@ def test_what_departs_is_passed_over(tensorflow):
         with pytest.raises(Departure) as raised:
             tensorflow.run(linear, (x, Params(w, w[:, 0])), {}, None)
         assert raised.value.finding == finding
+
+
+WITHOUT_ONEDNN = """
+from refattn.frameworks import tensorflow as adapter
+from refattn.trials import judged
+
+(conv,) = (t for t in adapter.TARGETS if t.name == "nn.convolution")
+for dtype in ("bfloat16", "float16"):
+    rows = conv, conv._replace(arithmetic={})
+    print(dtype, *(judged(row, "tensorflow", dtype, max_examples=12, seed=1).ok for row in rows))
+"""
+
+
+def test_without_onednn_sums_are_of_16_bits(tensorflow):
+    """It is found out, and what is promised then conforms; what is promised with oneDNN would not."""
+    environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ONEDNN], capture_output=True, text=True, env=environment, timeout=900
+    )
+    assert done.stdout == "bfloat16 True False\nfloat16 True False\n", done.stdout + done.stderr

@@ -30,6 +30,7 @@ class Target(NamedTuple):
     gradients: bool = True  # False: the framework has none of it
     times: int = 1  # how many times as many examples as others: where there are many families of inputs
     device: str = "cpu"  # on which it computes
+    lacks: object = None  # () -> what this machine has not, without which it cannot be judged, or ""
 
 
 EXTRAS = {"onnxruntime": "onnx"}  # framework -> the extra that installs it, where it has another name

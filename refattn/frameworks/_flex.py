@@ -10,7 +10,8 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.attention import flex_attention as api
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from refattn.core import Call
 from refattn.oracle.contract import Departure, NotHandled
@@ -60,9 +61,11 @@ def _flex(function, q, k, v, attn_bias, attn_mask, is_causal, scale, window, sof
 
     masked = is_causal or mask is not None or window is not None
     blocks = create_block_mask(mask_mod, *everywhere, device="cpu") if masked else None
-    asked = AuxRequest(lse=True) if return_lse else None
-    out = function(q, k, v, score_mod, blocks, scale, enable_gqa=q.shape[1] != k.shape[1], return_aux=asked)
-    return (out[0], out[1].lse) if return_lse else out
+    asked = {}
+    if return_lse:  # by its name of today, or as older versions have it
+        asked = {"return_aux": api.AuxRequest(lse=True)} if hasattr(api, "AuxRequest") else {"return_lse": True}
+    out = function(q, k, v, score_mod, blocks, scale, enable_gqa=q.shape[1] != k.shape[1], **asked)
+    return (out[0], getattr(out[1], "lse", out[1])) if return_lse else out
 
 
 @_quiet
@@ -86,9 +89,11 @@ def _attend(q, k, v, mask):
 
 @functools.cache
 def _compiled(function):
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        raise NotHandled("torch.compile needs a C++ compiler, which is not here")
     return torch.compile(function, dynamic=False)
+
+
+def lacks_compiler():
+    return "" if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler"
 
 
 def _refuse_other_shapes(q, k, v):

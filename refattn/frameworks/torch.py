@@ -554,11 +554,8 @@ SUMS = {
 # Convolutions keep them in 16 bits where oneDNN has no kernels for this CPU: docs/findings/torch-conv-16-bit-sums.md.
 CONV_SUMS = {
     form: SUMS[form]
-    for form, has_kernels in (
-        ("bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported),
-        ("float16", torch.ops.mkldnn._is_mkldnn_fp16_supported),
-    )
-    if not has_kernels()
+    for form, has_kernels in (("bfloat16", "_is_mkldnn_bf16_supported"), ("float16", "_is_mkldnn_fp16_supported"))
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, has_kernels)())
 }
 # FlexAttention computes scores and softmax in float32 without a compiler, and casts p before its product with v.
 FLEX = {
@@ -615,6 +612,7 @@ TARGETS = (
     _target(
         *("scaled_dot_product_attention, compiled", "scaled_dot_product", _flex.compiled, _flex.compiled_example),
         arithmetic=FUSED,
+        lacks=_flex.lacks_compiler,
     ),
     _target(
         *("flex_attention", "dot_product_attention", _flex.flex),
@@ -629,6 +627,7 @@ TARGETS = (
         arithmetic=FUSED,
         convention="torch_flex",
         gradients=False,
+        lacks=_flex.lacks_compiler,
     ),
     _target("nn.MultiheadAttention", "multi_head", multi_head_attention, multi_head_example),
     _target("nn.MultiheadAttention, is_causal", "multi_head", multi_head_attention_causal, multi_head_example),
